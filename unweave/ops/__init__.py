@@ -1,0 +1,25 @@
+"""What nodes compute: a stage reads the stream through norms and linear maps, a core mixes, a linear map writes."""
+
+from unweave.ops.cores import ACTIVATIONS, Activation, Attention, Context, Core, FloatInput, Lookup, Readout, Rotary
+from unweave.ops.linear import Dense, Identity, LinearMap, LowRank, Pivoted
+from unweave.ops.norms import LayerNorm, Norm, RMSNorm
+
+__all__ = [
+    "ACTIVATIONS",
+    "Activation",
+    "Attention",
+    "Context",
+    "Core",
+    "Dense",
+    "FloatInput",
+    "Identity",
+    "LayerNorm",
+    "LinearMap",
+    "LowRank",
+    "Lookup",
+    "Norm",
+    "Pivoted",
+    "RMSNorm",
+    "Readout",
+    "Rotary",
+]

@@ -1,0 +1,179 @@
+"""Linear maps x -> x W^T, dense or cheaper, behind one interface.
+
+A new kind of map is one dataclass with three methods (``apply``, ``dense``, ``select_outputs``); it then
+inherits the test battery that compares it with its dense form.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from unweave import tree
+
+__all__ = ["Dense", "Identity", "LinearMap", "LowRank", "Pivoted"]
+
+
+class LinearMap(ABC):
+    """A linear map from ``d_in`` to ``d_out`` dimensions."""
+
+    d_in: int
+    d_out: int
+
+    @abstractmethod
+    def apply(self, x: Float[Tensor, "... d_in"]) -> Float[Tensor, "... d_out"]:
+        """The image of x."""
+
+    @abstractmethod
+    def dense(self) -> Float[Tensor, "d_out d_in"]:
+        """The matrix W of the map: the oracle of ``apply``."""
+
+    @abstractmethod
+    def select_outputs(self, index: Int[Tensor, " n"]) -> LinearMap:
+        """The map followed by picking output coordinates; index -1 gives a coordinate that is always 0."""
+
+    @property
+    @abstractmethod
+    def n_parameters(self) -> int:
+        """How many real numbers have to be stored."""
+
+    @property
+    def n_multiplications(self) -> int:
+        """Multiply-adds per application to one vector; equal to the stored numbers for every map here."""
+        return self.n_parameters
+
+
+def _pick_rows(weight: Float[Tensor, "rows cols"], index: Int[Tensor, " n"]) -> Float[Tensor, "n cols"]:
+    picked = weight[index.clamp(min=0)]
+    return picked * (index >= 0).to(weight.dtype)[:, None] if bool((index < 0).any()) else picked
+
+
+@tree.register
+@dataclass(frozen=True, eq=False)
+class Dense(LinearMap):
+    """W stored as it is."""
+
+    weight: Float[Tensor, "d_out d_in"]
+
+    @property
+    def d_in(self) -> int:  # type: ignore[override]
+        return self.weight.shape[1]
+
+    @property
+    def d_out(self) -> int:  # type: ignore[override]
+        return self.weight.shape[0]
+
+    def apply(self, x: Float[Tensor, "... d_in"]) -> Float[Tensor, "... d_out"]:
+        return F.linear(x, self.weight)
+
+    def dense(self) -> Float[Tensor, "d_out d_in"]:
+        return self.weight
+
+    def select_outputs(self, index: Int[Tensor, " n"]) -> LinearMap:
+        return Dense(_pick_rows(self.weight, index))
+
+    @property
+    def n_parameters(self) -> int:
+        return self.weight.numel()
+
+
+@tree.register
+@dataclass(frozen=True, eq=False)
+class Identity(LinearMap):
+    """W = I: the code of the node is what it writes."""
+
+    size: int
+
+    @property
+    def d_in(self) -> int:  # type: ignore[override]
+        return self.size
+
+    @property
+    def d_out(self) -> int:  # type: ignore[override]
+        return self.size
+
+    def apply(self, x: Float[Tensor, "... d_in"]) -> Float[Tensor, "... d_out"]:
+        return x
+
+    def dense(self) -> Float[Tensor, "d_out d_in"]:
+        return torch.eye(self.size)
+
+    def select_outputs(self, index: Int[Tensor, " n"]) -> LinearMap:
+        return Dense(_pick_rows(torch.eye(self.size, device=index.device), index))
+
+    @property
+    def n_parameters(self) -> int:
+        return 0
+
+
+@tree.register
+@dataclass(frozen=True, eq=False)
+class Pivoted(LinearMap):
+    """A rank-r read in the basis in which r of its columns are the identity: code = x_J + T x_rest.
+
+    Every r x d matrix of full row rank spans the same row space as one of this form, which needs
+    r (d - r) numbers instead of r d. Source: Zhao et al. 2025, "Pivoting Factorization" (PIFA).
+    """
+
+    rest: Float[Tensor, "rank others"]
+    pivots: Int[Tensor, " rank"]
+    others: Int[Tensor, " others"]
+
+    @property
+    def d_in(self) -> int:  # type: ignore[override]
+        return self.rest.shape[0] + self.rest.shape[1]
+
+    @property
+    def d_out(self) -> int:  # type: ignore[override]
+        return self.rest.shape[0]
+
+    def apply(self, x: Float[Tensor, "... d_in"]) -> Float[Tensor, "... d_out"]:
+        # One product with the materialised matrix beats a gather and a smaller product on every device tried.
+        return F.linear(x, self.dense())
+
+    def dense(self) -> Float[Tensor, "d_out d_in"]:
+        eye = torch.eye(self.d_out, dtype=self.rest.dtype, device=self.rest.device)
+        order = torch.argsort(torch.cat([self.pivots, self.others]))
+        return torch.cat([eye, self.rest], dim=1)[:, order]
+
+    def select_outputs(self, index: Int[Tensor, " n"]) -> LinearMap:
+        return Dense(_pick_rows(self.dense(), index))
+
+    @property
+    def n_parameters(self) -> int:
+        return self.rest.numel()
+
+
+@tree.register
+@dataclass(frozen=True, eq=False)
+class LowRank(LinearMap):
+    """W = left @ right with a narrow middle: the code between them is the subspace that is read."""
+
+    left: Float[Tensor, "d_out rank"]
+    right: LinearMap
+
+    @property
+    def d_in(self) -> int:  # type: ignore[override]
+        return self.right.d_in
+
+    @property
+    def d_out(self) -> int:  # type: ignore[override]
+        return self.left.shape[0]
+
+    def apply(self, x: Float[Tensor, "... d_in"]) -> Float[Tensor, "... d_out"]:
+        return F.linear(self.right.apply(x), self.left)
+
+    def dense(self) -> Float[Tensor, "d_out d_in"]:
+        return self.left @ self.right.dense()
+
+    def select_outputs(self, index: Int[Tensor, " n"]) -> LinearMap:
+        return LowRank(_pick_rows(self.left, index), self.right)
+
+    @property
+    def n_parameters(self) -> int:
+        return self.left.numel() + self.right.n_parameters

@@ -1,0 +1,87 @@
+"""Normalisations in front of a port, with their vector-Jacobian products in closed form.
+
+The closed form is what lets one backward pass give the gradient at every port of every head apart,
+without copying the residual stream once per port in the forward pass.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor
+
+from unweave import tree
+
+__all__ = ["LayerNorm", "Norm", "RMSNorm"]
+
+
+class Norm(ABC):
+    """A normalisation over the last dimension."""
+
+    @abstractmethod
+    def apply(self, x: Float[Tensor, "... d"]) -> Float[Tensor, "... d"]:
+        """The normalised x, gain and bias included."""
+
+    @abstractmethod
+    def vjp(self, x: Float[Tensor, "... d"], g: Float[Tensor, "... d"]) -> Float[Tensor, "... d"]:
+        """J(x)^T g, where J is the Jacobian of ``apply`` at x; x and g broadcast."""
+
+    @property
+    def n_parameters(self) -> int:
+        return sum(t.numel() for t in tree.tensors(self).values())
+
+
+@tree.register
+@dataclass(frozen=True, eq=False)
+class RMSNorm(Norm):
+    """gain * x / sqrt(mean(x^2) + eps). Source: Zhang & Sennrich 2019.
+
+    ``gain_in_float32`` multiplies before rounding back to the input's precision (Gemma) instead of after
+    (Llama); in float32 both are the same.
+    """
+
+    gain: Float[Tensor, " d"]
+    eps: float
+    gain_in_float32: bool = False
+
+    def scale(self, x: Float[Tensor, "... d"]) -> Float[Tensor, "... d"]:
+        """The factor that ``apply`` multiplies x with, coordinate by coordinate."""
+        return self.gain * torch.rsqrt(x.float().pow(2).mean(-1, keepdim=True) + self.eps).to(x.dtype)
+
+    def apply(self, x: Float[Tensor, "... d"]) -> Float[Tensor, "... d"]:
+        wide = x.float()
+        normed = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)
+        if self.gain_in_float32:
+            return (normed * self.gain.float()).to(x.dtype)
+        return self.gain * normed.to(x.dtype)
+
+    def vjp(self, x: Float[Tensor, "... d"], g: Float[Tensor, "... d"]) -> Float[Tensor, "... d"]:
+        inverse = torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.eps)
+        normed = x * inverse
+        g = g * self.gain
+        return inverse * (g - normed * ((g * normed).mean(-1, keepdim=True)))
+
+
+@tree.register
+@dataclass(frozen=True, eq=False)
+class LayerNorm(Norm):
+    """gain * (x - mean(x)) / sqrt(var(x) + eps) + bias. Source: Ba et al. 2016."""
+
+    gain: Float[Tensor, " d"]
+    bias: Float[Tensor, " d"] | None
+    eps: float
+
+    def apply(self, x: Float[Tensor, "... d"]) -> Float[Tensor, "... d"]:
+        return F.layer_norm(x, self.gain.shape, self.gain, self.bias, self.eps)
+
+    def vjp(self, x: Float[Tensor, "... d"], g: Float[Tensor, "... d"]) -> Float[Tensor, "... d"]:
+        centred = x - x.mean(-1, keepdim=True)
+        inverse = torch.rsqrt(centred.pow(2).mean(-1, keepdim=True) + self.eps)
+        normed = centred * inverse
+        g = g * self.gain
+        g = g - g.mean(-1, keepdim=True)
+        return inverse * (g - normed * ((g * normed).mean(-1, keepdim=True)))
