@@ -20,9 +20,9 @@ from torch import Tensor
 
 from unweave.errors import InputError, ShapeError, UnknownNameError, UnweaveError
 from unweave.graph import Edge, Graph, Port, Read, Stage
-from unweave.ops import Attention, Context, Dense, Identity, LinearMap, LowRank, RMSNorm
+from unweave.ops import Attention, Context, Dense, Identity, LinearMap, LowRank, Norm, RMSNorm
 
-__all__ = ["Run", "Trace", "check_inputs", "plan_of", "run", "trace"]
+__all__ = ["Run", "Trace", "check_inputs", "finish_stage", "plan_of", "run", "run_stages", "trace", "uncut"]
 
 Patch = Tensor | Callable[[Tensor], Tensor]
 
@@ -47,12 +47,28 @@ class ReadPlan:
         weight = rearrange(last, "(b w) d -> b d w", b=self.blocks)
         return first, weight.repeat_interleave(self.copies, 0) if self.copies > 1 else weight
 
+    def folded(self, norm: Norm | None) -> Float[Tensor, "nodes width d"]:
+        """Each node's own matrix with the norm's gain multiplied in: what gradients flow back through."""
+        first, weight = self.per_node
+        weight = weight.transpose(1, 2)
+        weight = weight if first is None else weight @ first.dense()
+        return weight if norm is None else norm.fold(weight)
+
     def shared(self, x: Float[Tensor, "batch pos d"]) -> Float[Tensor, "batch block pos width"]:
         """The read of one input that all nodes share."""
         out = self.map.apply(x)
         if self.bias is not None:
             out = out + self.bias.flatten()
         return rearrange(out, "b t (n w) -> b n t w", n=self.blocks)
+
+    def apart_for(self, x: Float[Tensor, "batch row pos d"], nodes: Int[Tensor, " row"]) -> Tensor:
+        """Row r read as node ``nodes[r]`` would."""
+        if self.blocks == 1:
+            out = self.map.apply(x)
+            return out if self.bias is None else out + self.bias.flatten()
+        first, weight = self.per_node
+        out = (first.apply(x) if first is not None else x) @ weight[nodes]
+        return out if self.bias is None else out + self.bias[nodes // self.copies][:, None]
 
     def apart(self, x: Float[Tensor, "batch row pos d"], row_of: Int[Tensor, " nodes"]) -> Tensor:
         """The reads of inputs that differ: node n reads row ``row_of[n]``."""
@@ -220,6 +236,10 @@ class Trace:
             self._sums[lo, hi] = last if hi == lo + 1 else self.stream(lo, hi - 1) + last
         return self._sums[lo, hi]
 
+    def preset(self, lo: int, hi: int, sums: Float[Tensor, "batch pos d_model"]) -> None:
+        """Set what stages lo..hi-1 have written, for a run that starts after them."""
+        self._sums[lo, hi] = sums
+
     def written(self, lo: int, hi: int) -> Float[Tensor, "batch writer pos d_model"]:
         """What each node of stages lo..hi-1 writes, biases left out."""
         return torch.cat([self.node_writes(s) for s in range(lo, hi)], dim=1)
@@ -257,14 +277,19 @@ def trace(
     """
     plan = plan_of(graph)
     out = Trace(graph, plan, context, keep=keep, apart=apart, counterfactual=counterfactual)
-    hooks = _Hooks(graph, record, dict(patch or {}))
-    for s in range(len(plan.stages)):
-        try:
-            _run_stage(out, s, hooks)
-        except (UnweaveError, RuntimeError, IndexError) as error:
-            error.add_note(f"while running {', '.join(plan.stages[s].stage.nodes[:3])} (stage {s})")
-            raise
+    run_stages(out, 0, _Hooks(graph, record, dict(patch or {})))
     return out
+
+
+def run_stages(t: Trace, start: int, hooks: _Hooks | None = None) -> None:
+    """Run stage ``start`` and all after it, on top of what the trace holds of those before."""
+    hooks = hooks or _Hooks(t.graph, frozenset(), {})
+    for s in range(start, len(t.plan.stages)):
+        try:
+            _run_stage(t, s, hooks)
+        except (UnweaveError, RuntimeError, IndexError) as error:
+            error.add_note(f"while running {', '.join(t.plan.stages[s].stage.nodes[:3])} (stage {s})")
+            raise
 
 
 def _run_stage(t: Trace, s: int, hooks: _Hooks) -> None:
@@ -280,6 +305,9 @@ def _run_stage(t: Trace, s: int, hooks: _Hooks) -> None:
             row_of = port.row_of if x.shape[1] == int(port.row_of.max()) + 1 else torch.arange(x.shape[1])
             got = tuple(read.apart(normed, row_of) for read in port.reads)
         if t.keep:
+            # one read per node, so that gradients at the reads tell apart heads that share keys and values
+            got = tuple(r.repeat_interleave(p.copies, 1) if r.shape[1] < len(plan.stage.nodes) else r
+                        for r, p in zip(got, port.reads, strict=True))
             t.inputs[s, port.port.name], t.normed[s, port.port.name], t.reads[s, port.port.name] = x, normed, got
         reads.extend(got)
     codes = hooks.core(t, s, tuple(reads))

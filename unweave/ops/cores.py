@@ -6,6 +6,7 @@ differ between nodes (after compression) are padded with zeros to the widest; ``
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -81,6 +82,10 @@ class Core(ABC):
         starts = [sum(widths[:i]) for i in range(len(widths))]
         rows = [[s + j if j < w else -1 for j in range(widest)] for s, w in zip(starts, widths, strict=True)]
         return torch.tensor(rows)
+
+    def for_nodes(self, nodes: Int[Tensor, " n"], n_nodes: int) -> Core:
+        """The core of a row of nodes picked, with repetition, out of the ``n_nodes`` of the stage."""
+        return self
 
     @property
     def n_parameters(self) -> int:
@@ -191,8 +196,9 @@ class Rotary:
         if cos.shape[0] > 1 and cos.shape[0] != x.shape[1]:
             cos, sin = (t.repeat_interleave(x.shape[1] // t.shape[0], 0) for t in (cos, sin))
         planes = cos.shape[-1]
-        a, b, rest = x[..., :planes], x[..., planes : 2 * planes], x[..., 2 * planes :]
-        return torch.cat((a * cos - b * sin, b * cos + a * sin, rest), dim=-1)
+        # one split, whose backward is one concatenation: slices would each write a tensor of zeros
+        a, b, *rest = x.split([planes, planes, x.shape[-1] - 2 * planes][: 2 + (x.shape[-1] > 2 * planes)], dim=-1)
+        return torch.cat((a * cos - b * sin, b * cos + a * sin, *rest), dim=-1)
 
 
 @tree.register
@@ -232,6 +238,13 @@ class Attention(Core):
             rows.append([i for part, size in parts for i in part + [-1] * (size - len(part))])
             start += width
         return torch.tensor(rows)
+
+    def for_nodes(self, nodes: Int[Tensor, " n"], n_nodes: int) -> Core:
+        rotary = self.rotary
+        if rotary is not None and rotary.inv_freq.shape[0] > 1:
+            block = nodes * rotary.inv_freq.shape[0] // n_nodes
+            rotary = dataclasses.replace(rotary, inv_freq=rotary.inv_freq[block], n_planes=None)
+        return dataclasses.replace(self, n_heads=len(nodes), n_kv_heads=len(nodes), rotary=rotary)
 
     def queries_and_keys(self, q: Tensor, k: Tensor, context: Context) -> tuple[Tensor, Tensor]:
         """q and k after their norms and rotations, with one key per query head."""

@@ -27,8 +27,21 @@ class Norm(ABC):
         """The normalised x, gain and bias included."""
 
     @abstractmethod
+    def standardise(self, x: Float[Tensor, "... d"]) -> tuple[Float[Tensor, "... d"], Float[Tensor, "... 1"]]:
+        """(n, s): x before gain and bias, and the factor it was divided by, as 1 / standard deviation.
+
+        With them a read W of the norm has the Jacobian s F (I - n n^T / d), where F = :meth:`fold` (W).
+        """
+
+    @abstractmethod
+    def fold(self, weight: Float[Tensor, "... d"]) -> Float[Tensor, "... d"]:
+        """A read's weight with the linear part of the norm (gain, centring) multiplied in."""
+
     def vjp(self, x: Float[Tensor, "... d"], g: Float[Tensor, "... d"]) -> Float[Tensor, "... d"]:
         """J(x)^T g, where J is the Jacobian of ``apply`` at x; x and g broadcast."""
+        normed, inverse = self.standardise(x)
+        g = self.fold(g)
+        return inverse * (g - normed * (g * normed).mean(-1, keepdim=True))
 
     @property
     def n_parameters(self) -> int:
@@ -59,11 +72,12 @@ class RMSNorm(Norm):
             return (normed * self.gain.float()).to(x.dtype)
         return self.gain * normed.to(x.dtype)
 
-    def vjp(self, x: Float[Tensor, "... d"], g: Float[Tensor, "... d"]) -> Float[Tensor, "... d"]:
+    def standardise(self, x: Float[Tensor, "... d"]) -> tuple[Float[Tensor, "... d"], Float[Tensor, "... 1"]]:
         inverse = torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.eps)
-        normed = x * inverse
-        g = g * self.gain
-        return inverse * (g - normed * ((g * normed).mean(-1, keepdim=True)))
+        return x * inverse, inverse
+
+    def fold(self, weight: Float[Tensor, "... d"]) -> Float[Tensor, "... d"]:
+        return weight * self.gain
 
 
 @tree.register
@@ -78,10 +92,11 @@ class LayerNorm(Norm):
     def apply(self, x: Float[Tensor, "... d"]) -> Float[Tensor, "... d"]:
         return F.layer_norm(x, self.gain.shape, self.gain, self.bias, self.eps)
 
-    def vjp(self, x: Float[Tensor, "... d"], g: Float[Tensor, "... d"]) -> Float[Tensor, "... d"]:
+    def standardise(self, x: Float[Tensor, "... d"]) -> tuple[Float[Tensor, "... d"], Float[Tensor, "... 1"]]:
         centred = x - x.mean(-1, keepdim=True)
         inverse = torch.rsqrt(centred.pow(2).mean(-1, keepdim=True) + self.eps)
-        normed = centred * inverse
-        g = g * self.gain
-        g = g - g.mean(-1, keepdim=True)
-        return inverse * (g - normed * ((g * normed).mean(-1, keepdim=True)))
+        return centred * inverse, inverse
+
+    def fold(self, weight: Float[Tensor, "... d"]) -> Float[Tensor, "... d"]:
+        weight = weight * self.gain
+        return weight - weight.mean(-1, keepdim=True)

@@ -1,0 +1,165 @@
+"""Streaming statistics: one pass over the data, sums in float64, memory that does not grow with it.
+
+Everything measured on data is a dictionary of sums. A *step* turns a batch into such a dictionary; adding
+dictionaries merges parts, whatever the batching or order; :func:`accumulate` does the loop, the progress bar,
+the checkpoints and the search for the node where a NaN came from.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from unweave.data import Batch, TokenData
+from unweave.errors import EmptyDataError, NonFiniteError
+from unweave.execution import Trace, check_inputs, trace
+from unweave.files import Checkpoint
+from unweave.graph import Graph
+from unweave.progress import track
+
+__all__ = ["Sums", "accumulate", "check_finite", "collect_means", "merge"]
+
+Sums = dict[str, Tensor]
+SECONDS_BETWEEN_CHECKPOINTS = 30.0
+
+
+def merge(a: Sums, b: Mapping[str, Tensor]) -> Sums:
+    """The sums over two parts of the data together, in float64.
+
+    Example:
+        >>> import torch
+        >>> merge({"n": torch.tensor(1.0)}, {"n": torch.tensor(2.0)})["n"]
+        tensor(3., dtype=torch.float64)
+    """
+    out = dict(a)
+    for name, value in b.items():
+        wide = value.detach().to(torch.float64)
+        out[name] = out[name].to(torch.float64) + wide if name in out else wide
+    return out
+
+
+def accumulate(
+    data: TokenData,
+    step: Callable[[Batch], Mapping[str, Tensor]],
+    *,
+    batch_size: int = 16,
+    description: str = "collecting statistics",
+    checkpoint: str | Path | None = None,
+    fingerprint: str = "",
+    progress: bool | None = None,
+) -> Sums:
+    """Sum ``step(batch)`` over all batches.
+
+    Args:
+        step: a batch -> sums over it; must treat every sequence alike whatever batch it is in.
+        checkpoint: a file that keeps the sums so far every half minute, so that a killed pass resumes where it
+            stopped; removed at the end.
+        fingerprint: what the pass computes; a checkpoint of another one is refused.
+
+    Raises:
+        EmptyDataError: the data set has no sequence.
+
+    Cost:
+        One call of ``step`` per batch; memory for one batch and one set of sums.
+    """
+    if len(data) == 0:
+        raise EmptyDataError("the data set holds no sequence")
+    saver = None
+    sums: Sums = {}
+    start = 0
+    if checkpoint is not None:
+        saver = Checkpoint(Path(checkpoint), f"{fingerprint}/{data.fingerprint()}/{batch_size}")
+        found = saver.load()
+        if found is not None:
+            sums, start = dict(found[0]), int(found[1]["next_batch"])
+    n_batches = -(-len(data) // batch_size)
+    saved = time.monotonic()
+    batches = data.batches(batch_size, start=start)
+    for number, batch in enumerate(track(batches, description, n_batches - start, show=progress), start):
+        sums = merge(sums, step(batch))
+        if saver is not None and time.monotonic() - saved > SECONDS_BETWEEN_CHECKPOINTS:
+            saver.save({k: v.cpu() for k, v in sums.items()}, {"next_batch": number + 1})
+            saved = time.monotonic()
+    if saver is not None:
+        saver.clear()
+    return sums
+
+
+def collect_means(
+    graph: Graph,
+    data: TokenData,
+    *,
+    per_position: bool = False,
+    batch_size: int = 16,
+    checkpoint: str | Path | None = None,
+    progress: bool | None = None,
+) -> dict[str, Float[Tensor, "#pos d_model"]]:
+    """What each node writes on average: the constants of mean ablation.
+
+    mean_i = sum over real tokens of y_i / number of real tokens; with ``per_position``, one mean for each
+    position (positions no text reaches get the overall mean).
+
+    Returns:
+        A mapping from every writer to ``[1, d_model]`` or ``[n_pos, d_model]``, float32.
+
+    Raises:
+        NonFiniteError: names the node and batch.
+
+    Cost:
+        One forward pass over the data.
+    """
+
+    @torch.no_grad()
+    def step(batch: Batch) -> Sums:
+        t = trace(graph, check_inputs(graph, batch.inputs, batch.mask), apart=True)
+        check_finite(t, batch)
+        weight = batch.mask.to(graph.device, torch.float64)
+        out: Sums = {"tokens": weight.sum(0) if per_position else weight.sum()[None]}
+        for s, stage in enumerate(graph.stages[:-1]):
+            each = t.node_writes(s)
+            kept = "t" if per_position else ""
+            sums = torch.einsum(f"bntd,bt->n{kept}d", each.to(torch.float64), weight)
+            out[str(s)] = sums if per_position else sums[:, None]
+        return out
+
+    sums = accumulate(
+        data,
+        step,
+        batch_size=batch_size,
+        description="means",
+        checkpoint=checkpoint,
+        fingerprint=f"means-{per_position}",
+        progress=progress,
+    )
+    tokens = sums.pop("tokens")
+    means = {}
+    for s, stage in enumerate(graph.stages[:-1]):
+        overall = sums[str(s)].sum(1, keepdim=True) / tokens.sum()
+        mean = torch.where(tokens[None, :, None] > 0, sums[str(s)] / tokens.clamp(min=1)[None, :, None], overall)
+        means |= {name: mean[i].float().to(graph.device) for i, name in enumerate(stage.nodes)}
+    return means
+
+
+def check_finite(t: Trace, batch: Batch) -> None:
+    """Refuse a run in which something is NaN or infinite.
+
+    Raises:
+        NonFiniteError: names the first node at fault and the sequences of the batch.
+    """
+    if bool(torch.isfinite(t.output[batch.mask.to(t.output.device)]).all()):
+        return
+    mask = batch.mask.to(t.output.device)
+    for s, stage in enumerate(t.graph.stages):
+        bad = ~torch.isfinite(t.total[s])[mask].all(-1)
+        if bool(bad.any()):
+            rows = torch.nonzero(mask)[bad][:, 0].unique()
+            sequences = batch.index[rows.cpu()].tolist()[:5]
+            raise NonFiniteError(
+                f"{stage.nodes[0] if len(stage.nodes) == 1 else 'one of ' + ', '.join(stage.nodes)} writes NaN or inf "
+                f"on sequences {sequences}; lower the precision's demands (float32), or look at these inputs"
+            )

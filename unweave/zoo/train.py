@@ -1,0 +1,41 @@
+"""Train a room's model again: ``python -m unweave.zoo.train induction -o DIR`` (minutes on two cores)."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from unweave.progress import track
+from unweave.zoo import ROOMS, ToyTransformer, room, weights_folder
+
+__all__ = ["main", "train_room"]
+
+
+def train_room(name: str, folder: Path, seed: int = 0, steps: int | None = None) -> ToyTransformer:
+    """Train, save to ``folder`` with a record of the losses, and return the model."""
+    module: Any = room(name)
+    total = steps or module.STEPS
+    losses: list[tuple[int, float]] = []
+    model: ToyTransformer | None = None
+    for step, loss, current in track(module.train(seed, total), f"training {name}", total // 100):
+        losses.append((step, round(loss, 5)))
+        model = current
+    assert model is not None
+    model.eval().save(folder, training={"seed": seed, "steps": total, "losses": losses[:: max(1, len(losses) // 30)]})
+    return model
+
+
+def main() -> None:
+    """The command line of this module."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("name", choices=sorted(ROOMS))
+    parser.add_argument("-o", "--output", type=Path, help="folder; by default the bundled weights are replaced")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--steps", type=int)
+    args = parser.parse_args()
+    train_room(args.name, args.output or weights_folder(args.name), args.seed, args.steps)
+
+
+if __name__ == "__main__":
+    main()
