@@ -149,7 +149,7 @@ def _make_plan(graph: Graph) -> Plan:
 
 
 def _plan_port(stage: Stage, port: Port, resample: bool) -> PortPlan:
-    reads = tuple(_pad_read(stage, port, i) for i in range(len(port.reads)))
+    reads = tuple(_pad_read(stage, read) for read in port.reads)
     n = len(stage.nodes)
     device = port.edges.device if port.edges is not None else None
     everything = port.edges is None or bool(port.edges.all())
@@ -165,21 +165,20 @@ def _plan_port(stage: Stage, port: Port, resample: bool) -> PortPlan:
     return PortPlan(port, reads, table, row_of, None if port.offset is None else port.offset[first])
 
 
-def _pad_read(stage: Stage, port: Port, i: int) -> ReadPlan:
-    read: Read = port.reads[i]
-    place = next(k for k, p in enumerate(stage.ports) if p is port) if len(stage.ports) > 1 else i
-    index = stage.core.read_index(place, read.widths)
-    copies = len(stage.nodes) // len(read.widths)
+def _pad_read(stage: Stage, read: Read) -> ReadPlan:
+    """A read whose blocks all have the width of the widest; what is added is always zero."""
+    blocks, width = len(read.widths), max(read.widths)
+    copies = len(stage.nodes) // blocks
+    if min(read.widths) == width:
+        bias = None if read.bias is None else rearrange(read.bias, "(b w) -> b w", b=blocks)
+        return ReadPlan(read.map, bias, blocks, width, copies)
+    device = stage.device
+    widths = torch.tensor(read.widths, device=device)[:, None]
+    column = torch.arange(width, device=device)
+    index = torch.where(column < widths, widths.cumsum(0) - widths + column, -1)
     flat = index.flatten()
-    if flat.numel() == read.map.d_out and bool((flat == torch.arange(flat.numel())).all()):
-        mapped, bias = read.map, read.bias
-    else:
-        device = read.map.dense().device
-        flat = flat.to(device)
-        mapped = read.map.select_outputs(flat)
-        bias = None if read.bias is None else read.bias[flat.clamp(min=0)] * (flat >= 0).to(read.bias.dtype)
-    bias = None if bias is None else bias.reshape(index.shape)
-    return ReadPlan(mapped, bias, index.shape[0], index.shape[1], copies)
+    bias = None if read.bias is None else torch.where(index >= 0, read.bias[index.clamp(min=0)], 0.0)
+    return ReadPlan(read.map.select_outputs(flat), bias, blocks, width, copies)
 
 
 def _pad_write(stage: Stage) -> LinearMap | None:

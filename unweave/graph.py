@@ -129,15 +129,20 @@ class Stage:
         """Stored numbers: maps, biases, norms, tables; constants left by cut edges are not counted."""
         maps = [read.map.n_parameters for port in self.ports for read in port.reads]
         loose = [read.bias for port in self.ports for read in port.reads] + [self.bias]
-        norms = {id(port.norm): port.norm for port in self.ports if port.norm is not None}
+        norms = tree.tensors([port.norm for port in self.ports]).values()  # ports that share a norm count it once
         return (
             sum(maps)
             + (self.write.n_parameters if self.write is not None else 0)
             + sum(t.numel() for t in loose if t is not None)
-            + sum(norm.n_parameters for norm in norms.values())
+            + sum(t.numel() for t in norms)
             + (self.post.n_parameters if self.post is not None else 0)
             + self.core.n_parameters
         )
+
+    @property
+    def device(self) -> torch.device:
+        """Where its tensors are."""
+        return next((t.device for _, t in tree.leaves(self)), torch.device("cpu"))
 
     def multiplications(self, context: int) -> int:
         """Multiply-adds per token with ``context`` tokens to attend to."""
@@ -343,8 +348,7 @@ class Graph:
             offset = port.offset
             if means is not None:
                 offset = _add_constants(offset, gone, [means.get(n) for n in names])
-            device = port.reads[0].map.dense().device
-            ports.append(dataclasses.replace(port, edges=edges.to(device), offset=offset))
+            ports.append(dataclasses.replace(port, edges=edges.to(stage.device), offset=offset))
         return dataclasses.replace(stage, ports=tuple(ports))
 
     def quotient(self, modules: Mapping[str, Iterable[str]]) -> Graph:

@@ -501,7 +501,7 @@ def _ablated_logits(
         for r, read in enumerate(other.reads):
             kept = t.reads[s, other.port.name][r]
             reads.append(read.apart_for(normed, nodes) if q == p else kept[:, nodes])
-    codes = plan.stage.core.for_nodes(nodes, len(plan.stage.nodes)).forward(tuple(reads), t.context)
+    codes = plan.stage.core.for_nodes(nodes).forward(tuple(reads), t.context)
     return _run_from(t, s, nodes, codes)
 
 

@@ -136,7 +136,7 @@ def rotary(module: Any, config: Any, layer_type: str | None = None) -> tuple[Rot
     prefix = f"{layer_type}_" if layer_type is not None else ""
     frequency = getattr(module, f"{prefix}original_inv_freq").detach().float()
     scaling = float(getattr(module, f"{prefix}attention_scaling"))
-    return Rotary(frequency[None].clone(), scaling), int(limit)
+    return Rotary(frequency.clone(), scaling), int(limit)
 
 
 def hf_info(model: Any, n_ctx: int) -> dict[str, Any]:

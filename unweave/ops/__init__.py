@@ -1,7 +1,7 @@
 """What nodes compute: a stage reads the stream through norms and linear maps, a core mixes, a linear map writes."""
 
 from unweave.ops.cores import ACTIVATIONS, Activation, Attention, Context, Core, FloatInput, Lookup, Readout, Rotary
-from unweave.ops.linear import Dense, Identity, LinearMap, LowRank, Pivoted
+from unweave.ops.linear import Dense, Identity, LinearMap, LowRank, Pivoted, Stacked
 from unweave.ops.norms import LayerNorm, Norm, RMSNorm
 
 __all__ = [
@@ -22,4 +22,5 @@ __all__ = [
     "RMSNorm",
     "Readout",
     "Rotary",
+    "Stacked",
 ]

@@ -1,7 +1,7 @@
 """What stands between a node's reads and its code: lookup, attention, pointwise non-linearity, readout.
 
 All tensors are ``[batch node pos width]``: one core computes all the nodes of a stage at once. Widths that
-differ between nodes (after compression) are padded with zeros to the widest; ``read_index`` says how.
+differ between nodes (after compression) are padded with zeros to the widest.
 """
 
 from __future__ import annotations
@@ -76,15 +76,8 @@ class Core(ABC):
     ) -> Float[Tensor, "batch node pos width"]:
         """Codes of all nodes from all that they read."""
 
-    def read_index(self, read: int, widths: tuple[int, ...]) -> Int[Tensor, "block padded"]:
-        """Where each stored coordinate of read number ``read`` goes; -1 marks padding."""
-        widest = max(widths)
-        starts = [sum(widths[:i]) for i in range(len(widths))]
-        rows = [[s + j if j < w else -1 for j in range(widest)] for s, w in zip(starts, widths, strict=True)]
-        return torch.tensor(rows)
-
-    def for_nodes(self, nodes: Int[Tensor, " n"], n_nodes: int) -> Core:
-        """The core of a row of nodes picked, with repetition, out of the ``n_nodes`` of the stage."""
+    def for_nodes(self, nodes: Int[Tensor, " n"]) -> Core:
+        """The core of a row of nodes picked, with repetition, out of the stage's."""
         return self
 
     @property
@@ -168,22 +161,19 @@ class Readout(Core):
 class Rotary:
     """Rotary position embedding on the first ``2 * planes`` coordinates of a head, halves apart.
 
-    Coordinates (i, planes + i) turn by the angle pos * inv_freq[block, i]; cos and sin are multiplied by
-    ``scaling`` (YaRN, LongRoPE). ``inv_freq`` has one row, or one per key-value head once compression has
-    dropped different planes from different heads (``n_planes`` of each).
-    Source: Su et al. 2021.
+    Coordinates (i, planes + i) turn by the angle pos * inv_freq[i]; cos and sin are multiplied by ``scaling``
+    (YaRN, LongRoPE). Source: Su et al. 2021.
     """
 
-    inv_freq: Float[Tensor, "blocks planes"]
+    inv_freq: Float[Tensor, " planes"]
     scaling: float = 1.0
-    n_planes: tuple[int, ...] | None = None
 
     def tables(self, context: Context, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """cos and sin, each ``[blocks pos planes]``, made once per run."""
+        """cos and sin, each ``[pos planes]``, made once per run."""
 
         def table(function: Callable[[Tensor], Tensor]) -> Tensor:
             pos = torch.arange(context.n_pos, device=self.inv_freq.device).float()
-            angles = self.inv_freq.float()[:, None, :] * pos[:, None]
+            angles = pos[:, None] * self.inv_freq.float()
             return (function(angles) * self.scaling).to(dtype)
 
         key = (id(self.inv_freq), self.scaling, dtype)
@@ -193,8 +183,6 @@ class Rotary:
 
     def turn(self, x: Float[Tensor, "batch node pos width"], context: Context) -> Float[Tensor, "batch node pos width"]:
         cos, sin = self.tables(context, x.dtype)
-        if cos.shape[0] > 1 and cos.shape[0] != x.shape[1]:
-            cos, sin = (t.repeat_interleave(x.shape[1] // t.shape[0], 0) for t in (cos, sin))
         planes = cos.shape[-1]
         # one split, whose backward is one concatenation: slices would each write a tensor of zeros
         a, b, *rest = x.split([planes, planes, x.shape[-1] - 2 * planes][: 2 + (x.shape[-1] > 2 * planes)], dim=-1)
@@ -225,26 +213,8 @@ class Attention(Core):
     q_norm: RMSNorm | None = None
     k_norm: RMSNorm | None = None
 
-    def read_index(self, read: int, widths: tuple[int, ...]) -> Int[Tensor, "block padded"]:
-        if read == 2 or self.rotary is None or self.rotary.n_planes is None:
-            return super().read_index(read, widths)
-        most = self.rotary.inv_freq.shape[1]
-        planes = [self.rotary.n_planes[i * self.n_kv_heads // len(widths)] for i in range(len(widths))]
-        plain = max(w - 2 * p for w, p in zip(widths, planes, strict=True))
-        rows, start = [], 0
-        for width, p in zip(widths, planes, strict=True):
-            index = list(range(start, start + width))
-            parts = [(index[:p], most), (index[p : 2 * p], most), (index[2 * p :], plain)]
-            rows.append([i for part, size in parts for i in part + [-1] * (size - len(part))])
-            start += width
-        return torch.tensor(rows)
-
-    def for_nodes(self, nodes: Int[Tensor, " n"], n_nodes: int) -> Core:
-        rotary = self.rotary
-        if rotary is not None and rotary.inv_freq.shape[0] > 1:
-            block = nodes * rotary.inv_freq.shape[0] // n_nodes
-            rotary = dataclasses.replace(rotary, inv_freq=rotary.inv_freq[block], n_planes=None)
-        return dataclasses.replace(self, n_heads=len(nodes), n_kv_heads=len(nodes), rotary=rotary)
+    def for_nodes(self, nodes: Int[Tensor, " n"]) -> Core:
+        return dataclasses.replace(self, n_heads=len(nodes), n_kv_heads=len(nodes))
 
     def queries_and_keys(self, q: Tensor, k: Tensor, context: Context) -> tuple[Tensor, Tensor]:
         """q and k after their norms and rotations, with one key per query head."""

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from unweave import tree
 
-__all__ = ["Dense", "Identity", "LinearMap", "LowRank", "Pivoted"]
+__all__ = ["Dense", "Identity", "LinearMap", "LowRank", "Pivoted", "Stacked"]
 
 
 class LinearMap(ABC):
@@ -177,3 +177,32 @@ class LowRank(LinearMap):
     @property
     def n_parameters(self) -> int:
         return self.left.numel() + self.right.n_parameters
+
+
+@tree.register
+@dataclass(frozen=True, eq=False)
+class Stacked(LinearMap):
+    """Several maps of the same input, their outputs one after the other."""
+
+    maps: tuple[LinearMap, ...]
+
+    @property
+    def d_in(self) -> int:  # type: ignore[override]
+        return self.maps[0].d_in
+
+    @property
+    def d_out(self) -> int:  # type: ignore[override]
+        return sum(m.d_out for m in self.maps)
+
+    def apply(self, x: Float[Tensor, "... d_in"]) -> Float[Tensor, "... d_out"]:
+        return F.linear(x, self.dense())
+
+    def dense(self) -> Float[Tensor, "d_out d_in"]:
+        return torch.cat([m.dense() for m in self.maps])
+
+    def select_outputs(self, index: Int[Tensor, " n"]) -> LinearMap:
+        return Dense(_pick_rows(self.dense(), index))
+
+    @property
+    def n_parameters(self) -> int:
+        return sum(m.n_parameters for m in self.maps)

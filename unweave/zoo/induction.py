@@ -23,8 +23,8 @@ CONFIG = ToyConfig(
 )
 BOS = 0
 DATA_SIZE = 512
-STEPS = 6000
-HEAD_PRICE = 3e-3
+STEPS = 8000
+HEAD_PRICE = 0.02
 
 
 def batch(n: int, generator: torch.Generator) -> tuple[Int[Tensor, "n pos"], Bool[Tensor, "n pos"]]:
@@ -62,9 +62,9 @@ def train(seed: int = 0, steps: int = STEPS) -> Iterator[tuple[int, float, ToyTr
         losses = F.cross_entropy(logits.transpose(1, 2), tokens[:, 1:], reduction="none")
         loss = losses[repeated[:, :-1]].mean()
         # a price on each head's writes, so that one head of a kind does the work instead of several
-        price = sum(block.W_O.square().sum((1, 2)).sqrt().sum() for block in model.blocks)
+        price = sum((block.W_O.square().sum((1, 2)) + 1e-4).pow(0.25).sum() for block in model.blocks)
         optimiser.zero_grad()
-        (loss + HEAD_PRICE * price).backward()
+        (loss + HEAD_PRICE * max(0.0, 1 - step / (0.7 * steps)) * price).backward()
         optimiser.step()
         schedule.step()
         if step % 100 == 0:

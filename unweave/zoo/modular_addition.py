@@ -30,7 +30,7 @@ CONFIG = ToyConfig(
     n_ctx=3,
     name="zoo:modular_addition",
 )
-STEPS = 12000
+STEPS = 6000
 TRAIN_SHARE = 0.35
 
 
@@ -86,7 +86,8 @@ def train(seed: int = 0, steps: int = STEPS) -> Iterator[tuple[int, float, ToyTr
     optimiser = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=1.0, betas=(0.9, 0.98))
     for step in range(1, steps + 1):
         for group in optimiser.param_groups:
-            group["lr"] = 2e-3 * min(step / 10, 1.0)
+            # warm up, stay, then come to rest: a constant rate keeps throwing the weights about
+            group["lr"] = 2e-3 * min(step / 10, 1.0, (steps - step) / (0.4 * steps) + 1e-3)
         loss = F.cross_entropy(last_logits(model, tokens[seen]), answers[seen])
         optimiser.zero_grad()
         loss.backward()

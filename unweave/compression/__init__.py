@@ -1,0 +1,12 @@
+"""Rate and distortion: a graph that stores fewer numbers and loses as few nats as it can.
+
+Each channel becomes a narrow read, a core and a narrow write, chosen by what real data send through it and by
+what the output feels of it. See :mod:`unweave.compression.channels` for the choices, ``factors`` for the closed
+forms, ``refinement`` for the short training that can follow.
+"""
+
+from unweave.compression.allocation import compress
+from unweave.compression.moments import ChannelMoments, channel_moments
+from unweave.compression.refinement import refine_factors
+
+__all__ = ["ChannelMoments", "channel_moments", "compress", "refine_factors"]
