@@ -183,13 +183,14 @@ def _load_hugging_face(name: str) -> nn.Module:
     logging.disable_progress_bar()
     try:
         # trust_remote_code stays off: a model folder must not be able to run code
-        model, report = AutoModelForCausalLM.from_pretrained(name, dtype="auto", output_loading_info=True)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(name, dtype="auto", output_loading_info=True)
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise StorageError(f"{name}: cannot load this model: {str(error).splitlines()[0]}") from error
     finally:
         logging.set_verbosity(level)
         if bars:
             logging.enable_progress_bar()
+    model, report = loaded
     missing = sorted(report.get("missing_keys", []))
     if missing:
         raise CorruptFileError(f"{name}: the checkpoint lacks {len(missing)} weights of the model, such as {missing[0]}")

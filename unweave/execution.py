@@ -159,8 +159,9 @@ def _plan_port(stage: Stage, port: Port, resample: bool) -> PortPlan:
     key = edges.to(torch.float32)
     if port.offset is not None:
         key = torch.cat([key, port.offset.flatten(1).float()], dim=1)
-    _, row_of = torch.unique(key, dim=0, return_inverse=True)
-    first = torch.stack([(row_of == row).nonzero()[0, 0] for row in range(int(row_of.max()) + 1)])
+    _, alike = torch.unique(key, dim=0, return_inverse=True)
+    # rows in the order of their first nodes: where all nodes differ, row r is node r
+    first, row_of = torch.unique((alike[:, None] == alike).int().argmax(1), return_inverse=True)
     table = None if port.edges is None else edges[first]
     return PortPlan(port, reads, table, row_of, None if port.offset is None else port.offset[first])
 
@@ -293,7 +294,7 @@ def run_stages(t: Trace, start: int, hooks: _Hooks | None = None) -> None:
 
 def _run_stage(t: Trace, s: int, hooks: _Hooks) -> None:
     plan = t.plan.stages[s]
-    reads = []
+    reads: list[Tensor] = []
     for port in plan.ports:
         x = _hear(t, plan.stage, port)
         x = hooks.port(t, s, port, x)

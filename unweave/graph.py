@@ -361,7 +361,7 @@ class Graph:
             InputError: a node is in two modules.
             UnknownNameError: an unknown node.
         """
-        of = {}
+        of: dict[str, str] = {}
         for module, members in modules.items():
             for node in members:
                 self.find(node)
@@ -458,7 +458,7 @@ class Graph:
             check(stage.write.d_in == sum(stage.code_widths), "its write map does not fit its codes")
         else:
             check(s == len(self.stages) - 1, "writes nothing but is not the last")
-        widths = {self.stages[i].write.d_out for i in range(lo, hi) if self.stages[i].write is not None}
+        widths = {write.d_out for i in range(lo, hi) if (write := self.stages[i].write) is not None}
         check(len(widths) <= 1, f"hears writers of different widths {sorted(widths)}")
         for port in stage.ports:
             self._lint_port(s, port, next(iter(widths)), check)

@@ -35,7 +35,7 @@ from unweave.graph import Edge, Graph
 from unweave.scope import Scope, divergence, fisher_cotangent, metric, position_mask
 from unweave.statistics import Sums, accumulate, check_finite, collect_means
 
-__all__ = ["EdgeScores", "Means", "Method", "measure_edges", "score_edges"]
+__all__ = ["EdgeScores", "Means", "Method", "calibrate", "measure_edges", "score_edges"]
 
 Method = Literal["fisher", "eap", "eap-ig", "exact"]
 Means = Mapping[str, Tensor]
@@ -125,8 +125,8 @@ def score_edges(
         means: baselines of the ablation; collected here (one more forward pass) when missing.
         samples: cotangents per sequence (fisher).
         steps: integration steps (eap-ig).
-        measure_top: calibration: the effects of so many edges with the largest attributions are measured and
-            replace them; the others are rescaled by a monotone fit to the measured ones.
+        measure_top: calibration: the effects of so many edges with the largest attributions are measured,
+            replace them and are marked as measured.
         batch_size: sequences per pass.
         seed: of the random cotangents.
 
@@ -161,9 +161,10 @@ def score_edges(
     scope = scope or Scope()
     if means is None:
         means = collect_means(graph, data, batch_size=batch_size, progress=progress)
-    options = {"batch_size": batch_size, "progress": progress, "checkpoint": checkpoint}
+    options: dict[str, Any] = {"batch_size": batch_size, "progress": progress, "checkpoint": checkpoint}
     if method == "exact":
         return measure_edges(graph, data, scope, graph.edge_matrix, means, **options)
+    step: _FisherStep | _GradientStep
     if method == "fisher":
         step = _FisherStep(graph, scope, means, samples, seed)
     else:
@@ -400,6 +401,22 @@ def _pool(graph: Graph, whole: Tensor, blocked: Tensor, blocked_se: Tensor) -> t
     return blocked * factor, blocked_se * factor
 
 
+def calibrate(scores: EdgeScores, data: TokenData, scope: Scope, means: Means, top: int, **options: Any) -> EdgeScores:
+    """Measure the effects of the ``top`` edges with the largest attributions and put them in their place.
+
+    The second order is too small for the few largest edges, where the output saturates and norms rescale; those
+    are few, so measuring them is cheap. All other edges keep their attribution.
+    """
+    marked = scores.top(top)
+    exact = measure_edges(scores.graph, data, scope, marked, means, **options)
+    return dataclasses.replace(
+        scores,
+        nats=torch.where(marked, exact.nats, scores.nats),
+        se=torch.where(marked, exact.se, scores.se),
+        measured=scores.measured | marked,
+    )
+
+
 # ---- effects: one ablated copy of the batch per edge ----------------------------------------------------
 
 
@@ -445,7 +462,7 @@ def measure_edges(
             out[:, start + rows, first + columns] = rearrange(values, "(k b) -> b k", k=len(rows)).float()
         return _moments({"edge": out, "node": out.new_zeros(len(batch.index), len(graph.writers))}, scope, batch)
 
-    options = {"batch_size": batch_size, "progress": progress, "checkpoint": checkpoint}
+    options: dict[str, Any] = {"batch_size": batch_size, "progress": progress, "checkpoint": checkpoint}
     marks = "".join("01"[int(b)] for b in edges.flatten().tolist())
     fingerprint = f"exact-{hashlib.sha256(marks.encode()).hexdigest()[:16]}"
     sums = accumulate(data, step, description="measuring edges", fingerprint=fingerprint, **options)

@@ -120,7 +120,7 @@ def collect_means(
         check_finite(t, batch)
         weight = batch.mask.to(graph.device, torch.float64)
         out: Sums = {"tokens": weight.sum(0) if per_position else weight.sum()[None]}
-        for s, stage in enumerate(graph.stages[:-1]):
+        for s in range(len(graph.stages) - 1):
             each = t.node_writes(s)
             kept = "t" if per_position else ""
             sums = torch.einsum(f"bntd,bt->n{kept}d", each.to(torch.float64), weight)
@@ -137,7 +137,7 @@ def collect_means(
         progress=progress,
     )
     tokens = sums.pop("tokens")
-    means = {}
+    means: dict[str, Tensor] = {}
     for s, stage in enumerate(graph.stages[:-1]):
         overall = sums[str(s)].sum(1, keepdim=True) / tokens.sum()
         mean = torch.where(tokens[None, :, None] > 0, sums[str(s)] / tokens.clamp(min=1)[None, :, None], overall)

@@ -28,10 +28,10 @@ def capture_gpt2(model: Any) -> Graph:
         stages.append(
             attention_stage(i, core, norm, (q, k, v), attn.c_proj.weight.T, len(stages), attn.c_proj.bias)
         )
-        core = activation(config.activation_function, config.model_type)
+        mlp = activation(config.activation_function, config.model_type)
         hidden = read(block.mlp.c_fc.weight.T, block.mlp.c_fc.bias, 1)
         norm, out = layer_norm(block.ln_2), block.mlp.c_proj
-        stages.append(mlp_stage(i, core, norm, (hidden,), out.weight.T, len(stages), out.bias))
+        stages.append(mlp_stage(i, mlp, norm, (hidden,), out.weight.T, len(stages), out.bias))
     head = model.lm_head
     stages.append(unembed_stage(len(body.h), layer_norm(body.ln_f), head.weight, len(stages), head.bias))
     return Graph(tuple(stages), hf_info(model, config.max_position_embeddings))

@@ -27,8 +27,8 @@ def capture_gpt_neo(model: Any) -> Graph:
             attention_stage(i, core, layer_norm(block.ln_1), (q, k, v), out.weight, len(stages), out.bias)
         )
         hidden, out = read(block.mlp.c_fc.weight, block.mlp.c_fc.bias, 1), block.mlp.c_proj
-        core = activation(config.activation_function, config.model_type)
-        stages.append(mlp_stage(i, core, layer_norm(block.ln_2), (hidden,), out.weight, len(stages), out.bias))
+        mlp = activation(config.activation_function, config.model_type)
+        stages.append(mlp_stage(i, mlp, layer_norm(block.ln_2), (hidden,), out.weight, len(stages), out.bias))
     head = model.lm_head
     stages.append(unembed_stage(len(body.h), layer_norm(body.ln_f), head.weight, len(stages), head.bias))
     return Graph(tuple(stages), hf_info(model, config.max_position_embeddings))

@@ -26,10 +26,10 @@ def capture_gpt_neox(model: Any) -> Graph:
         stages.append(attention_stage(i, core, norm, qkv, out.weight, before, out.bias))
         # in a parallel block the MLP does not hear the heads of its own layer
         seen = before if block.use_parallel_residual else len(stages)
-        core, out = activation(config.hidden_act, config.model_type), block.mlp.dense_4h_to_h
+        mlp, out = activation(config.hidden_act, config.model_type), block.mlp.dense_4h_to_h
         hidden = read(block.mlp.dense_h_to_4h.weight, block.mlp.dense_h_to_4h.bias, 1)
         norm = layer_norm(block.post_attention_layernorm)
-        stages.append(mlp_stage(i, core, norm, (hidden,), out.weight, seen, out.bias))
+        stages.append(mlp_stage(i, mlp, norm, (hidden,), out.weight, seen, out.bias))
     head, norm = model.get_output_embeddings(), layer_norm(body.final_layer_norm)
     stages.append(unembed_stage(len(body.layers), norm, head.weight, len(stages), head.bias))
     return Graph(tuple(stages), hf_info(model, limit))

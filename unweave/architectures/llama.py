@@ -73,7 +73,7 @@ def _attention(config: Any, body: Any, i: int, block: Any, gemma: bool, visible:
 
 def _mlp(config: Any, i: int, block: nn.Module, gemma: bool, visible: int) -> Stage:
     mlp: Any = block.mlp
-    name = getattr(config, "hidden_activation", None) if gemma else config.hidden_act
+    name: Any = getattr(config, "hidden_activation", None) if gemma else config.hidden_act
     before: Any = block.pre_feedforward_layernorm if gemma else block.post_attention_layernorm
     post = rms_norm(block.post_feedforward_layernorm, gemma) if gemma else None
     reads = tuple(read(linear.weight, linear.bias, 1) for linear in (mlp.gate_proj, mlp.up_proj))

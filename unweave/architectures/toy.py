@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from einops import rearrange
 from torch import Tensor
 
@@ -19,6 +21,7 @@ def capture_toy(model: ToyTransformer) -> Graph:
     n = config.n_heads
     stages = [embed_stage(model.W_E), position_stage(model.W_pos)]
     scale = config.attention_scale if config.attention_scale is not None else config.d_head**-0.5
+    block: Any
     for i, block in enumerate(model.blocks):
         core = Attention(n, n, scale, causal=config.causal)
         qkv = (_heads(block.W_Q, block.b_Q), _heads(block.W_K, block.b_K), _heads(block.W_V, block.b_V))

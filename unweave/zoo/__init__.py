@@ -3,12 +3,14 @@
 from importlib import resources
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 from unweave.errors import UnknownNameError
+from unweave.files import read_json
 from unweave.zoo import induction, modular_addition
 from unweave.zoo.toy import ToyConfig, ToyTransformer
 
-__all__ = ["ROOMS", "ToyConfig", "ToyTransformer", "load", "room", "weights_folder"]
+__all__ = ["ROOMS", "ToyConfig", "ToyTransformer", "known", "load", "room", "weights_folder"]
 
 ROOMS: dict[str, ModuleType] = {"induction": induction, "modular_addition": modular_addition}
 
@@ -38,3 +40,13 @@ def load(name: str) -> ToyTransformer:
         2
     """
     return ToyTransformer.load(weights_folder(name))
+
+
+def known(name: str) -> dict[str, Any]:
+    """What is known of the mechanism of a room's trained model, as measured when it was trained.
+
+    Example:
+        >>> known("induction")["previous_token_heads"]
+        ['blocks.0.attn.head.0']
+    """
+    return dict(read_json(weights_folder(name) / "config.json").get("known", {}))

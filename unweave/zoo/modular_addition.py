@@ -8,15 +8,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from unweave.zoo.toy import Block, ToyConfig, ToyTransformer
+from unweave.zoo.toy import Block, ToyConfig, ToyTransformer, per_head
 
-__all__ = ["CONFIG", "MODULUS", "all_pairs", "data", "fourier_power", "train"]
+__all__ = ["CONFIG", "MODULUS", "all_pairs", "data", "fourier_power", "known", "logit_power", "train"]
 
 MODULUS = 113
 CONFIG = ToyConfig(
@@ -32,6 +33,8 @@ CONFIG = ToyConfig(
 )
 STEPS = 6000
 TRAIN_SHARE = 0.35
+# a frequency is a key one when it carries this share of the logits' variance; the others carry about nothing
+KEY_SHARE = 0.01
 
 
 def all_pairs() -> tuple[Int[Tensor, "pairs 3"], Int[Tensor, " pairs"]]:
@@ -64,15 +67,61 @@ def fourier_power(table: Float[Tensor, "modulus d"]) -> Float[Tensor, " frequenc
 
 def last_logits(model: ToyTransformer, tokens: Int[Tensor, "n 3"]) -> Float[Tensor, "n modulus"]:
     """The logits at "=", computing nothing else: what makes full-batch training cheap."""
-    block: Block = model.blocks[0]  # type: ignore[assignment]
+    block = cast(Block, model.blocks[0])
     x = model.W_E[tokens] + model.W_pos
-    q = torch.einsum("bd,hdw->bhw", x[:, -1], block.W_Q) + block.b_Q
-    k, v = (torch.einsum("btd,hdw->bhtw", x, w) + b[:, None] for w, b in ((block.W_K, block.b_K), (block.W_V, block.b_V)))
-    pattern = (torch.einsum("bhw,bhtw->bht", q, k) / math.sqrt(CONFIG.d_head)).softmax(-1)
-    mixed = torch.einsum("bht,bhtw->bhw", pattern, v)
-    h = x[:, -1] + torch.einsum("bhw,hwd->bd", mixed, block.W_O) + block.b_O
+    q = per_head(x[:, -1:], block.W_Q, block.b_Q)
+    k, v = per_head(x, block.W_K, block.b_K), per_head(x, block.W_V, block.b_V)
+    mixed = (q @ k.transpose(-1, -2) / math.sqrt(CONFIG.d_head)).softmax(-1) @ v
+    h = x[:, -1] + torch.einsum("bhtw,hwd->bd", mixed, block.W_O) + block.b_O
     h = h + F.relu(h @ block.W_in + block.b_in) @ block.W_out + block.b_out
     return h @ model.W_U + model.b_U
+
+
+@torch.no_grad()
+def answer_logits(model: ToyTransformer) -> Float[Tensor, "pairs modulus"]:
+    """The logits at "=" of every pair, in the order of :func:`all_pairs`."""
+    return torch.cat([last_logits(model, some) for some in all_pairs()[0].split(2048)])
+
+
+def logit_power(logits: Float[Tensor, "pairs modulus"]) -> Float[Tensor, " frequencies"]:
+    """The share of the logits' variance in the directions cos and sin(2 pi f (a + b - c) / 113), f = 1 .. 56.
+
+    A network that adds by interference has nearly all of it at its key frequencies; the sum is below 1 by what
+    the logits hold besides (differences between pairs with the same sum, and between answers whatever the pair).
+    Each pair's mean logit is taken out first: the softmax does not see it.
+
+    Args:
+        logits: of every pair, in the order of :func:`all_pairs`.
+
+    Example:
+        >>> _, answers = all_pairs()
+        >>> off = answers[:, None] - torch.arange(113)
+        >>> round(float(logit_power(torch.cos(2 * math.pi * 5 * off / 113))[5 - 1]), 3)
+        1.0
+    """
+    answers = all_pairs()[1]
+    centred = logits.double() - logits.double().mean(1, keepdim=True)
+    off = (answers[:, None] + torch.arange(MODULUS)) % MODULUS
+    curve = centred.gather(1, off).mean(0)
+    # a real wave's energy is shared by its two conjugate coefficients, hence the 2
+    power = 2 * torch.fft.rfft(curve).abs().square()[1:] / MODULUS
+    return power * len(answers) / centred.square().sum()
+
+
+def known(model: ToyTransformer) -> dict[str, Any]:
+    """What is known of the mechanism, measured: the key frequencies, and how much of the logits they explain."""
+    logits = answer_logits(model)
+    share = logit_power(logits)
+    order = share.argsort(descending=True)
+    key = sorted(int(i) + 1 for i in order if share[i] >= KEY_SHARE)
+    embedding = fourier_power(model.W_E.detach()[:MODULUS])
+    chosen = torch.tensor(key, dtype=torch.long) - 1
+    return {
+        "key_frequencies": key,
+        "logit_share": round(float(share[chosen].sum()), 4),
+        "embedding_share": round(float(embedding[chosen].sum()), 4),
+        "accuracy": round(float((logits.argmax(1) == all_pairs()[1]).double().mean()), 5),
+    }
 
 
 def train(seed: int = 0, steps: int = STEPS) -> Iterator[tuple[int, float, ToyTransformer]]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,8 +20,10 @@ from torch import Tensor, nn
 from unweave.errors import CorruptFileError, InputError, NonFiniteError
 from unweave.files import read_json, read_tensors, write_json, write_tensors
 
-__all__ = ["ToyConfig", "ToyTransformer"]
+__all__ = ["ToyConfig", "ToyTransformer", "from_weights", "per_head"]
 
+MAX_SIZE = 1 << 20
+MAX_LAYERS = 128
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"relu": F.relu, "gelu": F.gelu}
 
 
@@ -50,10 +52,22 @@ class ToyConfig:
 
     def __post_init__(self) -> None:
         sizes = (self.n_layers, self.n_heads, self.d_model, self.d_head, self.d_vocab, self.d_out, self.n_ctx)
-        if not all(isinstance(n, int) and 0 < n < 1 << 20 for n in sizes) or not 0 <= self.d_mlp < 1 << 20:
-            raise InputError(f"sizes of a toy transformer must be positive integers, got {self}")
+        if not all(type(n) is int and 0 < n < MAX_SIZE for n in sizes):
+            raise InputError(f"sizes of a toy transformer must be integers from 1 to {MAX_SIZE - 1}, got {self}")
+        if type(self.d_mlp) is not int or not 0 <= self.d_mlp < MAX_SIZE:
+            raise InputError(f"d_mlp must be an integer, 0 for attention only, got {self.d_mlp!r}")
+        if self.n_layers > MAX_LAYERS:
+            raise InputError(f"a toy transformer has at most {MAX_LAYERS} layers, got {self.n_layers}")
         if self.activation not in ACTIVATIONS:
             raise InputError(f"unknown activation {self.activation!r}; known: {sorted(ACTIVATIONS)}")
+        self._check_options()
+
+    def _check_options(self) -> None:
+        if type(self.causal) is not bool or not isinstance(self.name, str):
+            raise InputError(f"causal must be true or false and name a string, got {self.causal!r} and {self.name!r}")
+        scale = self.attention_scale
+        if scale is not None and (type(scale) not in (int, float) or not math.isfinite(scale)):
+            raise InputError(f"attention_scale must be a finite number or none, got {scale!r}")
 
 
 class Block(nn.Module):
@@ -77,20 +91,32 @@ class Block(nn.Module):
             self.W_in, self.b_in = weight(c.d_model, c.d_mlp), bias(c.d_mlp)
             self.W_out, self.b_out = weight(c.d_mlp, c.d_model), bias(c.d_model)
 
+    def pattern(
+        self, x: Float[Tensor, "batch pos d"], hidden: Bool[Tensor, "#batch #pos pos"]
+    ) -> Float[Tensor, "batch head pos pos"]:
+        """Where each head looks: softmax over keys of q . k times the scale, ``hidden`` pairs left out."""
+        c = self.config
+        q, k = per_head(x, self.W_Q, self.b_Q), per_head(x, self.W_K, self.b_K)
+        scale = c.attention_scale if c.attention_scale is not None else c.d_head**-0.5
+        return (q @ k.transpose(-1, -2) * scale).masked_fill(hidden[:, None], -math.inf).softmax(-1)
+
     def forward(
         self, x: Float[Tensor, "batch pos d"], hidden: Bool[Tensor, "#batch #pos pos"]
     ) -> Float[Tensor, "batch pos d"]:
+        """The residual stream after this layer."""
         c = self.config
-        q, k, v = (
-            torch.einsum("btd,hdw->bhtw", x, w) + b[:, None]
-            for w, b in ((self.W_Q, self.b_Q), (self.W_K, self.b_K), (self.W_V, self.b_V))
-        )
-        scale = c.attention_scale if c.attention_scale is not None else c.d_head**-0.5
-        scores = (q @ k.transpose(-1, -2) * scale).masked_fill(hidden[:, None], -math.inf)
-        x = x + torch.einsum("bhtw,hwd->btd", scores.softmax(-1) @ v, self.W_O) + self.b_O
+        mixed = self.pattern(x, hidden) @ per_head(x, self.W_V, self.b_V)
+        x = x + torch.einsum("bhtw,hwd->btd", mixed, self.W_O) + self.b_O
         if c.d_mlp:
             x = x + ACTIVATIONS[c.activation](x @ self.W_in + self.b_in) @ self.W_out + self.b_out
         return x
+
+
+def per_head(
+    x: Float[Tensor, "batch pos d"], weight: Float[Tensor, "head d width"], bias: Float[Tensor, "head width"]
+) -> Float[Tensor, "batch head pos width"]:
+    """The row-vector map x @ weight + bias of every head."""
+    return torch.einsum("btd,hdw->bhtw", x, weight) + bias[:, None]
 
 
 class ToyTransformer(nn.Module):
@@ -108,7 +134,40 @@ class ToyTransformer(nn.Module):
     def forward(
         self, input_ids: Int[Tensor, "batch pos"], attention_mask: Tensor | None = None
     ) -> Float[Tensor, "batch pos d_out"]:
-        """Logits; keys where ``attention_mask`` is 0 are never attended to."""
+        """Logits at every position.
+
+        Args:
+            input_ids: tokens; position 0 is the first column, padding counts.
+            attention_mask: 1 for a real token, 0 for padding, which no other position ever attends to
+                (a padded position still sees itself, so that its row of the softmax is not empty).
+
+        Raises:
+            InputError: the sequence is longer than the context.
+        """
+        x, hidden = self._start(input_ids, attention_mask)
+        for block in self.blocks:
+            x = block(x, hidden)
+        return x @ self.W_U + self.b_U
+
+    def patterns(
+        self, input_ids: Int[Tensor, "batch pos"], attention_mask: Tensor | None = None
+    ) -> list[Float[Tensor, "batch head pos pos"]]:
+        """Where every head of every layer looks.
+
+        Example:
+            >>> config = ToyConfig(1, 2, 4, 2, 0, d_vocab=5, d_out=5, n_ctx=3)
+            >>> [tuple(p.shape) for p in ToyTransformer(config).patterns(torch.tensor([[1, 2, 3]]))]
+            [(1, 2, 3, 3)]
+        """
+        x, hidden = self._start(input_ids, attention_mask)
+        found = []
+        for block in self.blocks:
+            found.append(block.pattern(x, hidden))
+            x = block(x, hidden)
+        return found
+
+    def _start(self, input_ids: Tensor, attention_mask: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The embedded tokens, and which (query, key) pairs are hidden."""
         n = input_ids.shape[1]
         if n > self.config.n_ctx:
             raise InputError(f"a sequence of {n} tokens is longer than the context of {self.config.n_ctx}")
@@ -116,11 +175,9 @@ class ToyTransformer(nn.Module):
         if self.config.causal:
             hidden = hidden | torch.ones_like(hidden).triu(1)
         if attention_mask is not None:
-            hidden = (hidden | ~attention_mask.bool()[:, None, :]) & ~torch.eye(n, dtype=torch.bool, device=hidden.device)
-        x = self.W_E[input_ids] + self.W_pos[:n]
-        for block in self.blocks:
-            x = block(x, hidden)
-        return x @ self.W_U + self.b_U
+            itself = torch.eye(n, dtype=torch.bool, device=hidden.device)
+            hidden = (hidden | ~attention_mask.bool()[:, None, :]) & ~itself
+        return self.W_E[input_ids] + self.W_pos[:n], hidden
 
     def save(self, folder: str | Path, **facts: Any) -> None:
         """Write config.json and model.safetensors; ``facts`` (what is known of the mechanism) go into the config."""
@@ -142,12 +199,36 @@ class ToyTransformer(nn.Module):
             raise CorruptFileError(f"{folder}/config.json is not that of a toy transformer")
         known = {f.name for f in dataclasses.fields(ToyConfig)}
         try:
-            model = cls(ToyConfig(**{k: v for k, v in config.items() if k in known}))
-            state = read_tensors(folder / "model.safetensors")[0]
-            model.load_state_dict({name: t.float() for name, t in state.items()})
-        except (TypeError, RuntimeError, InputError) as error:
-            raise CorruptFileError(f"{folder}: weights and config do not fit: {str(error).splitlines()[0]}") from error
-        for name, tensor in model.state_dict().items():
-            if not bool(torch.isfinite(tensor).all()):
-                raise NonFiniteError(f"{folder}: the weight {name} holds NaN or inf")
-        return model.eval()
+            settings = ToyConfig(**{k: v for k, v in config.items() if k in known})
+        except (TypeError, InputError) as error:
+            raise CorruptFileError(f"{folder}/config.json: {error}") from error
+        return from_weights(settings, read_tensors(folder / "model.safetensors")[0], str(folder))
+
+
+def from_weights(config: ToyConfig, weights: Mapping[str, Tensor], where: str) -> ToyTransformer:
+    """A transformer, in float32 and evaluation mode, from weights nobody vouches for.
+
+    Args:
+        where: what the weights come from, for the error.
+
+    Raises:
+        CorruptFileError: weights and config do not fit each other.
+        NonFiniteError: a weight is NaN or infinite.
+    """
+    # on "meta" nothing is allocated: a config that lies about its sizes costs no memory
+    with torch.device("meta"):
+        model = ToyTransformer(config)
+    expected = {name: tuple(t.shape) for name, t in model.state_dict().items()}
+    got = {name: tuple(t.shape) for name, t in weights.items()}
+    wrong = sorted(name for name in expected.keys() | got.keys() if expected.get(name) != got.get(name))
+    if wrong:
+        name = wrong[0]
+        raise CorruptFileError(
+            f"{where}: weights and config do not fit: {name} is {got.get(name, 'absent')} in the weights and "
+            f"{expected.get(name, 'absent')} in the config ({len(wrong)} such); write the folder again"
+        )
+    for name, tensor in weights.items():
+        if not bool(torch.isfinite(tensor).all()):
+            raise NonFiniteError(f"{where}: the weight {name} holds NaN or inf; train or compile the model again")
+    model.load_state_dict({name: t.to(torch.float32, copy=True) for name, t in weights.items()}, assign=True)
+    return model.eval()

@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from unweave.errors import InputError
 from unweave.progress import track
 from unweave.zoo import ROOMS, ToyTransformer, room, weights_folder
 
@@ -21,8 +22,11 @@ def train_room(name: str, folder: Path, seed: int = 0, steps: int | None = None)
     for step, loss, current in track(module.train(seed, total), f"training {name}", total // 100):
         losses.append((step, round(loss, 5)))
         model = current
-    assert model is not None
-    model.eval().save(folder, training={"seed": seed, "steps": total, "losses": losses[:: max(1, len(losses) // 30)]})
+    if model is None:
+        raise InputError(f"{total} steps are too few to train {name}: it reports every 100 steps")
+    every = max(1, len(losses) // 30)
+    record = {"seed": seed, "steps": total, "losses": losses[::every]}
+    model.eval().save(folder, known=module.known(model), training=record)
     return model
 
 

@@ -1,0 +1,345 @@
+"""The command line: one command per verb. Heavy imports happen inside commands, so that --help is instant."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from unweave import __version__
+from unweave.errors import UnweaveError
+
+if TYPE_CHECKING:
+    from unweave.graph import Graph
+
+__all__ = ["app", "main"]
+
+app = typer.Typer(
+    name="unweave",
+    help="Decompile a neural network into a graph that a person can read, run and falsify.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+)
+console = Console()
+stderr = Console(stderr=True)
+_debug = False
+
+Model = Annotated[str, typer.Argument(help="A hub name, a model folder, zoo:NAME, or a tracr folder.")]
+Folder = Annotated[Path, typer.Argument(help="A folder made by 'unweave decompile'.")]
+Data = Annotated[
+    str | None, typer.Option("--data", "-d", help=".txt, .jsonl, .npy, .safetensors, a folder of them, or a hub data set.")
+]
+Context = Annotated[int, typer.Option(help="Longest sequence, in tokens.")]
+Sequences = Annotated[int, typer.Option(help="How many sequences to calibrate on.")]
+Seed = Annotated[int, typer.Option(help="Seed of everything random.")]
+
+
+@app.callback(invoke_without_command=True)
+def options(
+    debug: Annotated[bool, typer.Option("--debug", help="Show the full traceback of an error.")] = False,
+    version: Annotated[bool, typer.Option("--version", help="Print the version and stop.")] = False,
+) -> None:
+    """Options of every command."""
+    global _debug
+    _debug = debug
+    if version:
+        console.print(f"unweave {__version__}")
+        raise typer.Exit
+
+
+@contextlib.contextmanager
+def _errors() -> Iterator[None]:
+    """Errors of ours in one line; a traceback only with --debug."""
+    try:
+        yield
+    except UnweaveError as error:
+        if _debug:
+            raise
+        stderr.print(f"[bold red]error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
+        raise typer.Exit(1) from None
+    except KeyboardInterrupt:
+        stderr.print("interrupted; nothing was written over")
+        raise typer.Exit(130) from None
+
+
+@app.command()
+def decompile(
+    model: Model,
+    data: Data = None,
+    kl_nats: Annotated[float | None, typer.Option(help="Nats per token to allow (the default: 0.05).")] = None,
+    size: Annotated[float | None, typer.Option(help="Share of the channels' numbers to keep, instead.")] = None,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write.")] = Path("graph"),
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the folder if it is a graph's.")] = False,
+    context: Context = 128,
+    sequences: Sequences = 128,
+    held_out: Annotated[int, typer.Option(help="How many sequences to test on.")] = 64,
+    refine: Annotated[int, typer.Option(help="KL training steps after the closed form.")] = 0,
+    measure: Annotated[int, typer.Option(help="How many of the largest edges to measure exactly.")] = 50,
+    classes: Annotated[str | None, typer.Option(help="Regular expression: explain only whether the next token matches.")] = None,
+    seed: Seed = 0,
+) -> None:
+    """Decompile MODEL into an executable, compressed graph; write it with a report to a folder."""
+    with _errors():
+        from unweave.capture import load_tokenizer
+        from unweave.pipeline import decompile as run_pipeline
+        from unweave.report import write_report
+
+        _refuse_existing(output, overwrite)
+        scope = _class_scope(model, classes, load_tokenizer(model)) if classes else None
+        result = run_pipeline(
+            model,
+            data,
+            size=size,
+            kl_nats=kl_nats,
+            scope=scope,
+            context=context,
+            sequences=sequences,
+            held_out=held_out,
+            refine_steps=refine,
+            measure_top=measure,
+            seed=seed,
+        )
+        result.save(output, overwrite=overwrite)
+        write_report(result.report, output / "report.html")
+        _print_summary(result.report)
+        console.print(f"\nwrote [bold]{escape(str(output))}/[/]: graph.json, weights.safetensors, results.json, report.html")
+
+
+def _refuse_existing(folder: Path, overwrite: bool) -> None:
+    from unweave.errors import StorageError
+
+    if folder.exists() and not overwrite and (not folder.is_dir() or any(folder.iterdir())):
+        raise StorageError(f"{folder} exists; choose another --output or pass --overwrite")
+
+
+def _class_scope(model: str, pattern: str, tokenizer: Any) -> Any:
+    from unweave.capture import capture
+    from unweave.pipeline import token_strings
+    from unweave.scope import Quotient, Scope
+
+    tokens = token_strings(tokenizer, capture(model, verify=False).info["d_out"])
+    return Scope(quotient=Quotient.from_regex(pattern, tokens), description=f"whether the next token matches {pattern}")
+
+
+@app.command()
+def show(
+    folder: Folder,
+    edges: Annotated[int, typer.Option(help="How many of the strongest edges to list.")] = 15,
+) -> None:
+    """Print a graph: its nodes, how far it is from the model, and its strongest edges."""
+    with _errors():
+        from unweave.storage import load_graph, load_results
+
+        graph = load_graph(folder)
+        console.print(escape(str(graph)), highlight=False)
+        results = load_results(folder)
+        if results:
+            _print_summary(results, edges)
+
+
+@app.command()
+def score(
+    model: Annotated[str, typer.Argument(help="A model, or a folder made by 'unweave decompile'.")],
+    data: Data = None,
+    method: Annotated[str, typer.Option(help="fisher, eap, eap-ig or exact.")] = "fisher",
+    samples: Annotated[int, typer.Option(help="Cotangents per sequence (fisher).")] = 2,
+    steps: Annotated[int, typer.Option(help="Integration steps (eap-ig).")] = 5,
+    measure: Annotated[int, typer.Option(help="How many of the largest edges to measure exactly.")] = 0,
+    top: Annotated[int, typer.Option(help="How many edges to print.")] = 25,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Write all scores as JSON.")] = None,
+    context: Context = 128,
+    sequences: Sequences = 64,
+    seed: Seed = 0,
+) -> None:
+    """Score every edge of a model or graph, in nats per token."""
+    with _errors():
+        from unweave.files import write_json
+        from unweave.scoring import score_edges
+        from unweave.storage import finite
+
+        graph, source, tokenizer = _graph_of(model)
+        rows = _load(graph, source, data, tokenizer, context, sequences)
+        scope = _zoo_scope(source)
+        scores = score_edges(
+            graph, rows, scope, method=method, samples=samples, steps=steps, measure_top=measure, seed=seed  # type: ignore[arg-type]
+        )
+        console.print(_edge_table(scores.table(top), f"{graph.n_edges} edges, {method}"))
+        if output is not None:
+            write_json(output, finite({"method": method, "edges": scores.table()}))
+            console.print(f"wrote {escape(str(output))}")
+
+
+@app.command()
+def report(
+    folder: Folder,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="HTML file; by default report.html in the folder.")] = None,
+) -> None:
+    """Write a graph's report as one self-contained HTML file."""
+    with _errors():
+        from unweave.errors import StorageError
+        from unweave.report import write_report
+        from unweave.storage import load_results
+
+        results = load_results(folder)
+        if not results:
+            raise StorageError(f"{folder} has no results.json; make the folder with 'unweave decompile'")
+        path = output or folder / "report.html"
+        write_report(results, path)
+        console.print(f"wrote {escape(str(path))}")
+
+
+@app.command()
+def run(
+    folder: Folder,
+    prompt: Annotated[str, typer.Argument(help="Text to continue (token ids separated by spaces for models without a tokenizer).")],
+    model: Annotated[str | None, typer.Option(help="Where the original is now, if it moved.")] = None,
+    tokens: Annotated[int, typer.Option(help="How many tokens to add.")] = 60,
+    temperature: Annotated[float, typer.Option(help="0 for the most likely token.")] = 0.0,
+    seed: Seed = 0,
+) -> None:
+    """Continue a text with the graph, next to the original model."""
+    with _errors():
+        from unweave.capture import capture, load_tokenizer
+        from unweave.generation import generate
+        from unweave.storage import load_graph
+
+        graph = load_graph(folder)
+        source = model or graph.info.get("model") or ""
+        tokenizer = load_tokenizer(source) if source else None
+        ids = _encode(prompt, tokenizer)
+        texts = {"graph": graph}
+        if source:
+            texts["original"] = capture(source, verify=False)
+        table = Table(show_header=True, show_lines=True)
+        table.add_column("")
+        table.add_column("continuation", overflow="fold")
+        for name, g in texts.items():
+            out = generate(g, ids, tokens, temperature=temperature, seed=seed)[0].tolist()
+            table.add_row(name, escape(_decode(out, tokenizer)))
+        console.print(table)
+
+
+def _encode(prompt: str, tokenizer: Any) -> Any:
+    import torch
+
+    from unweave.errors import EmptyDataError, InputError
+
+    if tokenizer is not None:
+        ids = tokenizer(prompt)["input_ids"]
+    else:
+        try:
+            ids = [int(word) for word in prompt.split()]
+        except ValueError as error:
+            raise InputError("this model has no tokenizer: give token ids separated by spaces") from error
+    if not ids:
+        raise EmptyDataError("the prompt is empty")
+    return torch.tensor([ids])
+
+
+def _decode(ids: list[int], tokenizer: Any) -> str:
+    return " ".join(map(str, ids)) if tokenizer is None else tokenizer.decode(ids, skip_special_tokens=True)
+
+
+def _graph_of(model: str) -> tuple[Graph, str, Any]:
+    """(graph, where the model is, tokenizer) of a model or of a graph folder."""
+    from unweave.capture import capture, load_tokenizer
+    from unweave.storage import load_graph
+
+    if (Path(model) / "graph.json").is_file():
+        graph = load_graph(model)
+        source = str(graph.info.get("model") or "")
+        return graph, source, load_tokenizer(source) if source else None
+    return capture(model), model, load_tokenizer(model)
+
+
+def _load(graph: Graph, source: str, data: str | None, tokenizer: Any, context: int, limit: int) -> Any:
+    from unweave.data import load_data
+    from unweave.errors import InputError
+
+    if data is None and not source.startswith("zoo:"):
+        raise InputError("give --data: a .txt, .jsonl, .npy or .safetensors file, a folder of them, or a hub data set")
+    context = min(context, graph.info.get("n_ctx", context))
+    return load_data(data or source, tokenizer, context=context, limit=limit, vocabulary=graph.info.get("d_vocab"))
+
+
+def _zoo_scope(source: str) -> Any:
+    from unweave.scope import Scope
+
+    return Scope(positions="answered") if source.startswith("zoo:") else None
+
+
+# ---- tables ---------------------------------------------------------------------------------------------
+
+
+def _number(value: Any, digits: int = 3) -> str:
+    return "–" if value is None else f"{value:.{digits}g}"
+
+
+def _share(value: float | None) -> str:
+    return "–" if value is None or value != value else f"{value:.1%}"
+
+
+def _with_interval(value: dict[str, float | None]) -> str:
+    if value["value"] is None or value["value"] != value["value"]:
+        return "–"
+    return f"{_number(value['value'])} [dim]{_number(value['low'], 2)}–{_number(value['high'], 2)}[/]"
+
+
+def _print_summary(results: Mapping[str, Any], edges: int = 8) -> None:
+    """The faithfulness table and the strongest edges, from plain results."""
+    table = Table(title=f"{escape(results['title'])}: held-out faithfulness", title_justify="left")
+    table.add_column("", no_wrap=True)
+    for name in ("size", "KL, nats/token", "top-1", "loss rec.", "99.9%"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for row in results["faithfulness"]:
+        bold = "[bold]" if row["name"] == "decompiled graph" else ""
+        table.add_row(
+            f"{bold}{escape(row['name'])}",
+            f"{row['size']:.0%}" if row.get("size") is not None else "–",
+            _with_interval(row["kl_nats"]),
+            _share(row["top1_agreement"]["value"]),
+            _share(row["loss_recovered"]["value"]),
+            _number(row["kl_p999"]),
+        )
+    console.print(table)
+    if edges and results.get("edges"):
+        names = [node["name"] for node in results["nodes"]]
+        rows = [
+            {"edge": f"{names[e['src']]}->{names[e['dst']]}.{e['port']}"} | {k: e[k] for k in ("nats", "se", "measured")}
+            for e in results["edges"][:edges]
+        ]
+        console.print(_edge_table(rows, "strongest edges"))
+
+
+def _edge_table(rows: list[dict[str, Any]], title: str) -> Table:
+    table = Table(title=escape(title), title_justify="left")
+    table.add_column("edge")
+    table.add_column("nats/token", justify="right")
+    table.add_column("± se", justify="right")
+    table.add_column("")
+    for row in rows:
+        kind = "measured" if row["measured"] else "estimated"
+        table.add_row(escape(row["edge"]), _number(row["nats"]), _number(row["se"], 2), f"[dim]{kind}[/]")
+    return table
+
+
+def main() -> None:
+    """The entry point of the ``unweave`` command."""
+    try:
+        app()
+    except UnweaveError as error:  # only with --debug, which asked for the traceback
+        stderr.print_exception()
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,345 @@
+"""The main job in one call: a model and data in, an executable compressed graph with its account out."""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from unweave import __version__
+from unweave.capture import capture, load_tokenizer
+from unweave.compression.allocation import Budgeter, compress
+from unweave.compression.baselines import activation_svd, plain_svd
+from unweave.compression.moments import ChannelMoments, channel_moments
+from unweave.compression.refinement import refine_factors
+from unweave.data import TokenData, load_data
+from unweave.errors import InputError
+from unweave.evaluation import Estimate, Faithfulness, evaluate
+from unweave.graph import Graph
+from unweave.scope import Scope, describe
+from unweave.scoring import EdgeScores, Means, score_edges
+from unweave.statistics import collect_means
+from unweave.storage import save_graph
+from unweave.subspaces import favoured_tokens, node_subspaces, read_tokens
+
+__all__ = ["Decompiled", "decompile", "token_strings"]
+
+CURVE_SIZES = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3)
+DIRECTIONS_SHOWN = 6
+
+
+@dataclass(frozen=True, eq=False)
+class Decompiled:
+    """What :func:`decompile` made.
+
+    Attributes:
+        graph: compressed, executable.
+        original: the captured graph, exactly the model.
+        scores: of the compressed graph's edges.
+        faithfulness: by name, graphs and baselines against the model on held-out data.
+        curve: by name, (size, divergence) with intervals: rate against distortion.
+        report: everything a page or a table needs, as plain data.
+    """
+
+    graph: Graph
+    original: Graph
+    scores: EdgeScores
+    faithfulness: Mapping[str, Faithfulness]
+    curve: Mapping[str, list[tuple[float, Estimate]]]
+    report: Mapping[str, Any]
+
+    def save(self, folder: str | Path, *, overwrite: bool = False) -> Path:
+        """Write the graph, its results and where the model was, as one folder."""
+        return save_graph(self.graph, folder, results=self.report, overwrite=overwrite)
+
+
+def decompile(
+    model: str | Path | nn.Module,
+    data: str | Path | TokenData | None = None,
+    *,
+    size: float | None = None,
+    kl_nats: float | None = None,
+    scope: Scope | None = None,
+    tokenizer: Any = None,
+    context: int = 128,
+    sequences: int = 128,
+    held_out: int = 64,
+    refine_steps: int = 0,
+    measure_top: int = 50,
+    batch_size: int = 16,
+    seed: int = 0,
+    progress: bool | None = None,
+) -> Decompiled:
+    """Decompile a model: capture, measure, compress, score, and compare with the model on held-out data.
+
+    Args:
+        model: see :func:`capture`.
+        data: a file, hub data set or :class:`TokenData`; zoo models bring their own.
+        size: share of the channels' numbers to keep; or
+        kl_nats: nats per token to allow. By default kl_nats = 0.05.
+        sequences, held_out: how many sequences to calibrate on, and to test on (at most half of the data).
+        refine_steps: KL training steps after the closed form; 0 for none.
+        measure_top: how many of the largest edges are measured exactly.
+
+    Returns:
+        :class:`Decompiled`.
+
+    Raises:
+        InputError: no data, or both budgets.
+
+    Cost:
+        About a dozen passes over the calibration data, without refinement.
+
+    Example:
+        >>> import unweave
+        >>> result = unweave.decompile("zoo:induction", size=0.7, sequences=32, held_out=16, measure_top=0)
+        >>> result.graph.n_channel_parameters <= 0.7 * result.original.n_channel_parameters
+        True
+    """
+    if size is not None and kl_nats is not None:
+        raise InputError("give one budget: size= or kl_nats=")
+    started = time.time()
+    scope = scope or _default_scope(model)
+    tokenizer = tokenizer if tokenizer is not None or isinstance(model, nn.Module) else load_tokenizer(model)
+    original = capture(model)
+    everything = _data(model, data, original, tokenizer, context, 4 * (sequences + held_out), progress)
+    train, test = everything.split(held_out=min(0.5, held_out / max(len(everything), 1)), seed=seed)
+    train, test = train.select(slice(0, sequences)), test.select(slice(0, held_out))
+    options: dict[str, Any] = {"batch_size": batch_size, "progress": progress}
+    means = collect_means(original, train, **options)
+    moments = channel_moments(original, train, scope, seed=seed, **options)
+    budget: dict[str, Any] = {"size": size} if size is not None else {"kl_nats": kl_nats or 0.05}
+    graph = compress(original, train, scope, moments=moments, batch_size=batch_size, **budget)
+    if refine_steps:
+        graph = refine_factors(graph, original, train, scope, steps=refine_steps, seed=seed, **options)
+    scores = score_edges(graph, train, scope, measure_top=measure_top, seed=seed, **options)
+    share = graph.n_channel_parameters / original.n_channel_parameters
+    rivals = _rivals(original, moments, share)
+    faithfulness = evaluate({"decompiled graph": graph, **rivals}, original, test, scope, means=means, **options)
+    curve = _curve(original, moments, test, scope, batch_size)
+    graph = dataclasses.replace(graph, info={**graph.info, "model": str(model) if not isinstance(model, nn.Module) else ""})
+    report = _report(graph, original, scores, faithfulness, curve, train, test, scope, tokenizer, rivals, batch_size)
+    report["provenance"] = _provenance(model, data, budget, refine_steps, seed, started)
+    return Decompiled(graph, original, scores, faithfulness, curve, report)
+
+
+def _default_scope(model: str | Path | nn.Module) -> Scope:
+    """Zoo rooms say which positions have an answer; elsewhere every position counts."""
+    if str(model).startswith("zoo:"):
+        return Scope(positions="answered", description="positions whose answer is determined")
+    return Scope()
+
+
+def _data(
+    model: Any, data: Any, graph: Graph, tokenizer: Any, context: int, limit: int, progress: bool | None
+) -> TokenData:
+    if isinstance(data, TokenData):
+        return data
+    if data is None:
+        if not str(model).startswith("zoo:"):
+            raise InputError("give data: a .txt, .jsonl, .npy or .safetensors file, a folder of them, or a hub data set")
+        data = model
+    context = min(context, graph.info.get("n_ctx", context))
+    vocabulary = graph.info.get("d_vocab")
+    return load_data(data, tokenizer, context=context, limit=limit, vocabulary=vocabulary, progress=progress)
+
+
+def _rivals(original: Graph, moments: Mapping[int, ChannelMoments], size: float) -> dict[str, Graph]:
+    """The baselines of equal size; those that cannot be that small are left out."""
+    return {
+        "activation-whitened SVD": activation_svd(original, size, moments),
+        "plain SVD": plain_svd(original, size),
+    }
+
+
+def _curve(
+    original: Graph, moments: Mapping[int, ChannelMoments], data: TokenData, scope: Scope, batch_size: int
+) -> dict[str, list[tuple[float, Estimate]]]:
+    """Held-out divergence at several sizes, ours and the baselines', all in one pass."""
+    budgeter = Budgeter(original, moments)
+    graphs: dict[str, Graph] = {}
+    for size in CURVE_SIZES:
+        try:
+            graphs[f"unweave/{size}"] = budgeter.at_size(size)
+        except InputError:
+            continue  # smaller than its biases alone: the curve ends here
+        for name, rival in _rivals(original, moments, size).items():
+            graphs[f"{name}/{size}"] = rival
+    results = evaluate(graphs, original, data.select(slice(0, 32)), scope, batch_size=batch_size, n_worst=0, progress=False)
+    curve: dict[str, list[tuple[float, Estimate]]] = {}
+    for key, result in results.items():
+        name, _, size_text = key.rpartition("/")
+        if name:
+            curve.setdefault(name, []).append((float(size_text), result.kl_nats))
+    return curve
+
+
+def token_strings(tokenizer: Any, n: int) -> list[str]:
+    """The text of every token id, for people; the id itself where there is no tokenizer."""
+    if tokenizer is None:
+        return [f"[{i}]" for i in range(n)]
+    return [tokenizer.decode([i]) or f"[{i}]" for i in range(n)]
+
+
+def _provenance(model: Any, data: Any, budget: Mapping[str, Any], steps: int, seed: int, started: float) -> dict[str, Any]:
+    return {
+        "model": model if isinstance(model, str) else str(getattr(model, "name_or_path", model)),
+        "data": data.source if isinstance(data, TokenData) else str(data or model),
+        "budget": dict(budget),
+        "refine_steps": steps,
+        "seed": seed,
+        "date": datetime.date.today().isoformat(),
+        "unweave_version": __version__,
+        "torch_version": torch.__version__,
+        "wall_s": round(time.time() - started, 1),
+    }
+
+
+# ---- plain data for tables and pages --------------------------------------------------------------------
+
+
+def _report(
+    graph: Graph,
+    original: Graph,
+    scores: EdgeScores,
+    faithfulness: Mapping[str, Faithfulness],
+    curve: Mapping[str, list[tuple[float, Estimate]]],
+    train: TokenData,
+    test: TokenData,
+    scope: Scope,
+    tokenizer: Any,
+    rivals: Mapping[str, Graph],
+    batch_size: int,
+) -> dict[str, Any]:
+    """Everything a page needs, as plain data."""
+    sizes = {"decompiled graph": graph, "original": original, **rivals}
+    moments = channel_moments(graph, train, scope, batch_size=batch_size, progress=False)
+    n_in, n_out = original.info.get("d_vocab", 0), original.info["d_out"]
+    tokens = token_strings(tokenizer, max(n_in, n_out)) if n_in else [f"[{i}]" for i in range(n_out)]
+    return {
+        "format": "unweave-report",
+        "version": 1,
+        "title": str(original.info.get("name", "graph")),
+        "model": {**original.info, "n_parameters": original.n_parameters},
+        "scope": {
+            **describe(scope),
+            "n_sequences_calibration": len(train),
+            "n_tokens_calibration": train.n_tokens,
+            "n_sequences_held_out": len(test),
+            "n_tokens_held_out": faithfulness["original"].n_tokens,
+        },
+        "faithfulness": [_row(n, f, sizes.get(n), original) for n, f in faithfulness.items()],
+        "worst_tokens": _worst(faithfulness["decompiled graph"], tokens),
+        "rate_distortion": [
+            {"name": name, "points": [{"size": s, "kl_nats": e.value, "low": e.low, "high": e.high} for s, e in points]}
+            for name, points in curve.items()
+        ],
+        "nodes": _nodes(graph, scores, moments, tokens),
+        "edges": _edges(graph, scores),
+    }
+
+
+def _row(name: str, f: Faithfulness, graph: Graph | None, original: Graph) -> dict[str, Any]:
+    context = int(original.info.get("n_ctx", 1))
+    row = {
+        "name": name,
+        "baseline": name not in ("decompiled graph", "original"),
+        "kl_nats": f.kl_nats._asdict(),
+        "loss_nats": f.loss_nats._asdict(),
+        "top1_agreement": f.top1_agreement._asdict(),
+        "loss_recovered": f.loss_recovered._asdict(),
+        "kl_p99": f.kl_p99,
+        "kl_p999": f.kl_p999,
+        "kl_max": f.kl_max,
+    }
+    if graph is not None:
+        row |= {
+            "size": graph.n_channel_parameters / original.n_channel_parameters,
+            "n_parameters": graph.n_parameters,
+            "flops_per_token": graph.flops_per_token(min(context, 128)),
+            "size_bits": graph.size_bits,
+        }
+    return row
+
+
+def _worst(f: Faithfulness, tokens: list[str]) -> list[dict[str, Any]]:
+    return [
+        {
+            "kl_nats": nats,
+            "context": "".join(tokens[i] for i in context[:-1]),
+            "token": tokens[context[-1]],
+            "model_prediction": tokens[a],
+            "graph_prediction": tokens[b],
+        }
+        for nats, _, _, context, a, b in f.worst
+    ]
+
+
+def _nodes(
+    graph: Graph, scores: EdgeScores, moments: Mapping[int, ChannelMoments], tokens: list[str]
+) -> list[dict[str, Any]]:
+    subspaces = node_subspaces(graph, moments)
+    writer_at = {name: i for i, name in enumerate(graph.writers)}
+    rows = []
+    for stage in graph.stages:
+        for name in stage.nodes:
+            at = writer_at.get(name)
+            row: dict[str, Any] = {
+                "name": name,
+                "kind": stage.kind,
+                "layer": stage.layer,
+                "ports": [port.name for port in stage.ports],
+                "score_nats": None if at is None else float(scores.node_nats[at]),
+                "score_se": None if at is None else float(scores.node_se[at]),
+                "spectra": {},
+                "writes": [],
+                "reads": [],
+            }
+            for key, space in subspaces.get(name, {}).items():
+                row["spectra"][key] = [round(float(v), 8) for v in space.nats[:64]]
+                _describe_directions(graph, row, key, space, tokens)
+            rows.append(row)
+    return rows
+
+
+def _describe_directions(graph: Graph, row: dict[str, Any], key: str, space: Any, tokens: list[str]) -> None:
+    """The tokens that the leading directions promote, or are read from."""
+    one_stream = all(s.visible[0] == 0 for s in graph.stages)
+    if not one_stream or not hasattr(graph.stages[0].core, "table"):
+        return
+    for k in range(min(DIRECTIONS_SHOWN, len(space.nats))):
+        nats, direction = float(space.nats[k]), space.directions[k]
+        if key == "write":
+            up, down = favoured_tokens(graph, direction)
+            entry = {"promotes": _named(up, tokens), "suppresses": _named(down, tokens)}
+            row["writes"].append({"dimension": k, "nats": nats, **entry})
+        else:
+            read: dict[str, Any] = {"port": key.removeprefix("read."), "dimension": k, "nats": nats}
+            row["reads"].append({**read, "tokens": _named(read_tokens(graph, direction), tokens)})
+
+
+def _named(pairs: list[tuple[int, float]], tokens: list[str]) -> list[list[Any]]:
+    return [[tokens[i], round(v, 4)] for i, v in pairs]
+
+
+def _edges(graph: Graph, scores: EdgeScores) -> list[dict[str, Any]]:
+    node_at = {name: i for i, name in enumerate(graph.nodes)}
+    split = [port.rsplit(".", 1) for port in graph.ports]
+    return [
+        {
+            "src": node_at[graph.writers[i]],
+            "dst": node_at[split[j][0]],
+            "port": split[j][1],
+            "nats": float(scores.nats[j, i]),
+            "se": float(scores.se[j, i]),
+            "measured": bool(scores.measured[j, i]),
+        }
+        for j, i in scores.ranked()[:10_000].tolist()
+    ]

@@ -1,0 +1,366 @@
+"""Results as one self-contained HTML page that opens from disk.
+
+The page is a template, a style sheet and a script (:mod:`unweave.viewer`) with the data beside them as JSON. Token
+strings come from strangers, so data is only ever text: it is escaped for its place here, the script writes text
+and never markup, and the page's own policy forbids every other script, every other style and all network access.
+
+The classes below are the format. A field marked ``NotRequired`` may be left out and a number may be None (or NaN,
+which becomes None): the page then says "n/a". Fields that are not listed are kept and ignored.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import math
+import re
+from collections.abc import Iterator, Mapping
+from html import escape
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal, NotRequired, TypedDict, get_args, get_origin, get_type_hints, is_typeddict
+
+from unweave.errors import InputError
+from unweave.files import write_text
+
+__all__ = ["ReportData", "render_report", "validate_report_data", "write_report"]
+
+MAX_EDGES = 10_000
+MAX_DEPTH = 32
+
+Number = float | None
+
+
+class Interval(TypedDict):
+    """A mean over held-out data with its 95% interval."""
+
+    value: Number
+    low: Number
+    high: Number
+
+
+class ModelFacts(TypedDict):
+    """The model that was decompiled."""
+
+    name: str
+    family: str
+    n_layers: Number
+    n_heads: Number
+    d_model: Number
+    d_vocab: NotRequired[Number]
+    n_parameters: Number
+
+
+class ScopeFacts(TypedDict):
+    """What was explained, and on how much data."""
+
+    description: str
+    divergence: str
+    n_tokens_calibration: Number
+    n_tokens_held_out: Number
+    n_sequences_calibration: NotRequired[Number]
+    n_sequences_held_out: NotRequired[Number]
+
+
+class FaithfulnessRow(TypedDict):
+    """One graph or baseline against the model; the row named "original" is the model itself.
+
+    ``size`` is the share of the channels' numbers that is stored, 1 for the model.
+    """
+
+    name: str
+    baseline: bool
+    kl_nats: Interval
+    top1_agreement: Interval
+    loss_nats: NotRequired[Interval]
+    loss_recovered: NotRequired[Interval]
+    kl_p99: NotRequired[Number]
+    kl_p999: NotRequired[Number]
+    kl_max: NotRequired[Number]
+    size: NotRequired[Number]
+    n_parameters: NotRequired[Number]
+    flops_per_token: NotRequired[Number]
+    size_bits: NotRequired[Number]
+
+
+class WorstToken(TypedDict):
+    """A held-out token where graph and model part: the text before it, itself, and what each predicts next."""
+
+    context: str
+    token: str
+    kl_nats: Number
+    model_prediction: str
+    graph_prediction: str
+
+
+class CurvePoint(TypedDict):
+    """Divergence at one size."""
+
+    size: float
+    kl_nats: Number
+    low: Number
+    high: Number
+
+
+class Curve(TypedDict):
+    """Divergence against size for one method; without ``baseline`` the first curve is ours."""
+
+    name: str
+    baseline: NotRequired[bool]
+    points: list[CurvePoint]
+
+
+class WriteDirection(TypedDict):
+    """A direction that a node writes, and the outputs it raises and lowers most."""
+
+    dimension: int
+    nats: Number
+    promotes: list[tuple[str, Number]]
+    suppresses: list[tuple[str, Number]]
+
+
+class ReadDirection(TypedDict):
+    """A direction that a port reads, and the input tokens that lie furthest along it."""
+
+    port: str
+    dimension: int
+    nats: Number
+    tokens: list[tuple[str, Number]]
+
+
+class NodeFacts(TypedDict):
+    """One node; ``layer`` is -1 for embeddings and n_layers for the output.
+
+    ``spectra`` and ``ranks`` have the keys "write" and "read.<port>"; a spectrum is nats per direction, largest first.
+    """
+
+    name: str
+    kind: Literal["embed", "attn", "head", "mlp", "unembed", "other"]
+    layer: int
+    ports: list[str]
+    score_nats: Number
+    score_se: Number
+    n_parameters: NotRequired[Number]
+    ranks: NotRequired[dict[str, int]]
+    spectra: NotRequired[dict[str, list[Number]]]
+    writes: NotRequired[list[WriteDirection]]
+    reads: NotRequired[list[ReadDirection]]
+
+
+class EdgeFacts(TypedDict):
+    """One edge: nodes by their place in ``nodes``; ``kept`` is true unless said otherwise."""
+
+    src: int
+    dst: int
+    port: str
+    nats: Number
+    se: Number
+    measured: bool
+    kept: NotRequired[bool]
+
+
+class ReportData(TypedDict):
+    """Everything the page shows. At least one row of ``faithfulness`` is neither a baseline nor "original"."""
+
+    format: Literal["unweave-report"]
+    version: Literal[1]
+    title: str
+    model: ModelFacts
+    scope: ScopeFacts
+    faithfulness: list[FaithfulnessRow]
+    worst_tokens: list[WorstToken]
+    rate_distortion: list[Curve]
+    nodes: list[NodeFacts]
+    edges: list[EdgeFacts]
+    provenance: NotRequired[dict[str, Any]]
+
+
+# ---- checking -------------------------------------------------------------------------------------------
+
+
+def validate_report_data(data: Mapping[str, Any]) -> ReportData:
+    """Check report data against :class:`ReportData` and return a plain copy, NaN and infinity as None.
+
+    Raises:
+        InputError: a field is missing or of the wrong type, an edge names no node, there are more than 10,000
+            edges, or no row of the faithfulness table is a graph; says which field and what it got.
+
+    Example:
+        >>> validate_report_data({"format": "unweave-report", "version": 1, "title": 3})
+        Traceback (most recent call last):
+        ...
+        unweave.errors.InputError: report data: title must be a string, got int (3)
+    """
+    copy = _plain(data, "")
+    _check(copy, ReportData, "")
+    rows = copy["faithfulness"]
+    if not any(not row["baseline"] and row["name"] != "original" for row in rows):
+        got = ", ".join(row["name"] for row in rows) or "no row"
+        raise InputError(f"report data: faithfulness needs a row that is neither a baseline nor 'original', got {got}")
+    _check_edges(copy["edges"], len(copy["nodes"]))
+    return copy
+
+
+def _check_edges(edges: list[EdgeFacts], n_nodes: int) -> None:
+    if len(edges) > MAX_EDGES:
+        raise InputError(f"report data: edges has {len(edges)} entries, at most {MAX_EDGES}; keep the strongest")
+    for i, edge in enumerate(edges):
+        for end, node in (("src", edge["src"]), ("dst", edge["dst"])):
+            if not 0 <= node < n_nodes:
+                got = f"got {node}, but there are {n_nodes} nodes"
+                raise InputError(f"report data: edges[{i}].{end} is the place of a node in 'nodes', {got}")
+
+
+def _plain(value: Any, where: str, depth: int = 0) -> Any:
+    """A copy that JSON can hold."""
+    if depth > MAX_DEPTH:
+        raise InputError(f"report data: {where} is nested deeper than {MAX_DEPTH} levels")
+    if value is None or isinstance(value, str | bool | int):
+        return value
+    if isinstance(value, float):
+        return float(value) if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        wrong = next((key for key in value if not isinstance(key, str)), None)
+        if wrong is not None:
+            raise InputError(f"report data: {where or 'it'} has the key {wrong!r}; keys are strings")
+        return {str(k): _plain(v, f"{where}.{k}" if where else k, depth + 1) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(v, f"{where}[{i}]", depth + 1) for i, v in enumerate(value)]
+    kind = type(value).__name__
+    raise InputError(f"report data: {where} holds a {kind}; give plain numbers, strings, lists and dicts")
+
+
+def _check(value: Any, kind: Any, where: str) -> None:
+    """``value``, already plain, against a type of the format."""
+    if kind is Any:
+        return
+    if not _fits(value, kind):
+        got = f"{type(value).__name__} ({str(value)[:60]!r})" if isinstance(value, str) else f"{type(value).__name__} ({value!r})"
+        raise InputError(f"report data: {where or 'it'} must be {_word(kind)}, got {got[:90]}")
+    for inner, inner_kind, name in _inside(value, kind, where):
+        _check(inner, inner_kind, name)
+
+
+def _fits(value: Any, kind: Any) -> bool:
+    origin = get_origin(kind)
+    if origin is Literal:
+        return any(value == allowed and type(value) is type(allowed) for allowed in get_args(kind))
+    if origin is tuple:
+        return isinstance(value, list) and len(value) == len(get_args(kind))
+    if is_typeddict(kind) or origin is dict:
+        return isinstance(value, dict)
+    if origin is list:
+        return isinstance(value, list)
+    if kind in (Number, float):
+        allowed = (float, int) if kind is float else (float, int, type(None))
+        return isinstance(value, allowed) and not isinstance(value, bool)
+    return type(value) is kind  # so that True is no int
+
+
+def _inside(value: Any, kind: Any, where: str) -> Iterator[tuple[Any, Any, str]]:
+    """The parts of a container: (part, its type, its name)."""
+    arguments = get_args(kind)
+    if is_typeddict(kind):
+        prefix = f"{where}." if where else ""
+        for name, hint in get_type_hints(kind, include_extras=True).items():
+            optional = get_origin(hint) is NotRequired
+            if name in value:
+                yield value[name], get_args(hint)[0] if optional else hint, prefix + name
+            elif not optional:
+                raise InputError(f"report data: {where or 'it'} lacks {name!r}, {_word(hint)} (see {kind.__name__})")
+    elif get_origin(kind) is tuple:
+        yield from ((v, k, f"{where}[{i}]") for i, (v, k) in enumerate(zip(value, arguments, strict=True)))
+    elif get_origin(kind) is list:
+        yield from ((v, arguments[0], f"{where}[{i}]") for i, v in enumerate(value))
+    elif get_origin(kind) is dict:
+        yield from ((v, arguments[1], f"{where}[{k!r}]") for k, v in value.items())
+
+
+def _word(kind: Any) -> str:
+    """A type of the format, for people."""
+    origin = get_origin(kind)
+    if origin is Literal:
+        return " or ".join(repr(allowed) for allowed in get_args(kind))
+    if origin is tuple:
+        return f"a list of {len(get_args(kind))}: " + ", ".join(_word(k) for k in get_args(kind))
+    if origin is list:
+        return "a list"
+    if origin is dict or is_typeddict(kind):
+        return "a dict"
+    return {str: "a string", bool: "true or false", int: "a whole number", float: "a number"}.get(kind, "a number or None")
+
+
+# ---- rendering ------------------------------------------------------------------------------------------
+
+
+def render_report(data: Mapping[str, Any]) -> str:
+    """The page for the results of :func:`unweave.decompile`, as one HTML string.
+
+    Args:
+        data: see :class:`ReportData`.
+
+    Raises:
+        InputError: the data are not of that form; says which field.
+    """
+    checked = validate_report_data(data)
+    script, style = bundle("main.js"), _asset("style.css")
+    parts = {
+        "TITLE": escape(checked["title"]),
+        "STYLE_HASH": _hash(style),
+        "SCRIPT_HASH": _hash(script),
+        "STYLE": style,
+        "SCRIPT": script,
+        "DATA": _embedded(checked),
+    }
+    # one pass, so that a mark inside the data stays what it is
+    return re.sub("|".join(f"%{mark}%" for mark in parts), lambda m: parts[m[0].strip("%")], _asset("template.html"))
+
+
+def write_report(data: Mapping[str, Any], path: str | Path) -> Path:
+    """Write the page, atomically, and return its path.
+
+    Raises:
+        InputError: the data are not of the right form; nothing is written.
+        StorageError: the file cannot be written; an old one is untouched.
+    """
+    write_text(path, render_report(data))
+    return Path(path)
+
+
+IMPORT = re.compile(r'^import \{[\w, ]+\} from "\./(\w+\.js)";\n', re.MULTILINE)
+EXPORT = re.compile(r"^export (?=(?:async )?function |const |let |class )", re.MULTILINE)
+
+
+def bundle(entry: str) -> str:
+    """The viewer's modules as one: each once, after those it imports, without its import and export words.
+
+    The browser opens the page from disk, where modules cannot import files. It is enough that every import is on
+    one line without ``as``, and that no two modules use the same top-level name; a test holds both.
+    """
+    order: list[str] = []
+
+    def visit(name: str) -> None:
+        if name in order:
+            return
+        for needed in IMPORT.findall(_asset(name)):
+            visit(needed)
+        order.append(name)
+
+    visit(entry)
+    return "\n".join(f"// {name}\n{EXPORT.sub('', IMPORT.sub('', _asset(name)))}" for name in order)
+
+
+def _embedded(data: ReportData) -> str:
+    """JSON that can stand inside a script element: nothing in it can end the element or open a comment."""
+    text = json.dumps(data, ensure_ascii=True, allow_nan=False, separators=(",", ":"))
+    return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
+
+
+def _asset(name: str) -> str:
+    return (resources.files("unweave") / "viewer" / name).read_text(encoding="utf-8")
+
+
+def _hash(text: str) -> str:
+    """The content's hash as the page's policy states it."""
+    return base64.b64encode(hashlib.sha256(text.encode("utf-8")).digest()).decode("ascii")
