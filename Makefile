@@ -1,19 +1,26 @@
-# make demo   set everything up and decompile the bundled model
-# make test   set everything up and pass the tests
+# make demo         set everything up and decompile a bundled model: report.html
+# make test         set everything up and pass the tests
+# make lint         style and types
+# make docs         the documentation, into site/
+# make benchmarks   run every benchmark again (hours)
+# PIP_FLAGS         passed to pip, such as --extra-index-url https://download.pytorch.org/whl/cpu
 PYTHON ?= python3
+PIP_FLAGS ?=
 BIN := .venv/bin
+PIP = $(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt $(PIP_FLAGS)
 
 .PHONY: demo test lint docs benchmarks clean
 
+# torch goes first and pinned, so that nothing installed later chooses another build of it
 .venv/.base: pyproject.toml constraints.txt
-	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install -q --upgrade pip
-	$(BIN)/python -m pip install -q -c constraints.txt torch
-	$(BIN)/python -m pip install -q -c constraints.txt -e .
+	$(PYTHON) -c 'import sys; sys.exit("unweave needs Python 3.11 or newer; try make PYTHON=python3.11" if sys.version_info < (3, 11) else 0)'
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(PIP) torch
+	$(PIP) -e .
 	touch $@
 
 .venv/.dev: .venv/.base
-	$(BIN)/python -m pip install -q -c constraints.txt -e ".[dev]"
+	$(PIP) -e ".[dev]"
 	touch $@
 
 demo: .venv/.base

@@ -219,6 +219,7 @@ def _documents(name: str, text_field: str, where: dict[str, Any], split: str) ->
         for file in files:
             yield from _documents(str(file), text_field, where, split)
     elif path.is_file():
+        readers: dict[str, Callable[[Path], Iterator[str | list[int]]]]
         readers = {".txt": _read_txt, ".npy": _read_npy, ".safetensors": _read_safetensors}
         if path.suffix == ".jsonl":
             yield from _read_jsonl(path, text_field, where)

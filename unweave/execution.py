@@ -41,6 +41,7 @@ class ReadPlan:
     copies: int
 
     @cached_property
+    @torch.inference_mode(False)  # kept for later runs, which may need gradients
     def per_node(self) -> tuple[LinearMap | None, Float[Tensor, "nodes d width"]]:
         """(what all nodes apply first, each node's own matrix): the same read, for inputs that differ by node."""
         first, last = (self.map.right, self.map.left) if isinstance(self.map, LowRank) else (None, self.map.dense())
@@ -105,6 +106,7 @@ class StagePlan:
     each_needed: bool
 
     @cached_property
+    @torch.inference_mode(False)
     def node_write(self) -> Float[Tensor, "nodes width d_model"]:
         """Each node's own write matrix, padded."""
         assert self.write is not None
@@ -137,6 +139,7 @@ def _floats(graph: Graph) -> Iterable[Tensor]:
                 yield linear.weight if isinstance(linear, Dense) else linear.left
 
 
+@torch.inference_mode(False)
 def _make_plan(graph: Graph) -> Plan:
     ports = [
         tuple(_plan_port(stage, port, graph.resample) for port in stage.ports) for stage in graph.stages
@@ -365,7 +368,7 @@ def _hear(t: Trace, stage: Stage, plan: PortPlan) -> Float[Tensor, "batch row po
         return everything[:, None]
     x = everything[:, None] if plan.table is None else _cut_sums(t, lo, hi, plan.table, everything)
     if plan.offset is not None:
-        x = x + _at_positions(plan.offset, x.shape[2])
+        x = x + _at_positions(plan.offset, x.shape[2]).to(x.dtype)
     return x
 
 
@@ -407,6 +410,12 @@ def _at_positions(offset: Float[Tensor, "row #pos d"], n_pos: int) -> Float[Tens
 # ---- recording and patching by name ---------------------------------------------------------------------
 
 
+def _fits(shape: torch.Size, wanted: torch.Size) -> bool:
+    """Whether a tensor of this shape broadcasts to the wanted one."""
+    pairs = zip(reversed(shape), reversed(wanted), strict=False)
+    return len(shape) <= len(wanted) and all(a in (1, b) for a, b in pairs)
+
+
 class _Hooks:
     """What one run records and patches, sorted by where it happens."""
 
@@ -425,7 +434,7 @@ class _Hooks:
         if name in self.patch:
             given = self.patch[name]
             new = given(value) if callable(given) else given
-            if not isinstance(new, Tensor) or torch.broadcast_shapes(new.shape, value.shape) != value.shape:
+            if not isinstance(new, Tensor) or not _fits(new.shape, value.shape):
                 got = tuple(new.shape) if isinstance(new, Tensor) else type(new).__name__
                 raise ShapeError(f"the patch of {name} must have shape {tuple(value.shape)}, got {got}")
             value = new.to(value).expand_as(value)

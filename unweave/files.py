@@ -203,7 +203,7 @@ def _sync_folder(folder: Path) -> None:
 
 
 def _put_in_place(new: Path, folder: Path) -> None:
-    """Make ``folder`` name what ``new`` named; ``new`` then names what was there before, if anything."""
+    """Make ``folder`` name what ``new`` named; what was there before, ``new`` names then, or it is gone."""
     if not folder.exists():
         os.replace(new, folder)
         return
@@ -219,7 +219,7 @@ def _put_in_place(new: Path, folder: Path) -> None:
         if not folder.exists():
             os.replace(old, folder)
         raise
-    os.replace(old, new)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def _exchange(a: Path, b: Path) -> bool:
@@ -269,16 +269,17 @@ def decode_json(content: bytes, where: str) -> Any:
         value = json.loads(content.decode("utf-8"), parse_constant=_refuse_number, parse_float=_finite_number)
     except (ValueError, RecursionError) as error:
         raise CorruptFileError(f"{where} is not valid JSON: {error}") from error
-    level = [value]
+    level = _containers([value])
     for _ in range(MAX_JSON_DEPTH):
-        level = [child for item in level for child in _inside(item)]
+        level = [inner for item in level for inner in _containers(item)]
         if not level:
             return value
     raise CorruptFileError(f"{where} is nested more than {MAX_JSON_DEPTH} deep")
 
 
-def _inside(item: Any) -> list[Any]:
-    return list(item.values()) if isinstance(item, dict) else item if isinstance(item, list) else []
+def _containers(item: dict[str, Any] | list[Any]) -> list[dict[str, Any] | list[Any]]:
+    children = item.values() if isinstance(item, dict) else item
+    return [child for child in children if isinstance(child, (dict, list))]
 
 
 def _refuse_number(text: str) -> NoReturn:

@@ -8,11 +8,10 @@ verb returns a new graph, sharing the tensors it did not touch.
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from jaxtyping import Bool, Float
@@ -313,9 +312,13 @@ class Graph:
             InputError: means are missing or of the wrong shape, or two kinds of ablation are mixed.
             UnknownNameError: an edge names an unknown node or port.
         """
+        if ablation not in get_args(Ablation):
+            raise InputError(f"unknown ablation {ablation!r}; choose one of {', '.join(get_args(Ablation))}")
         wanted = keep if isinstance(keep, Tensor) else self.mark_edges(keep)
         if wanted.shape != self.edge_matrix.shape:
             raise InputError(f"keep must be {tuple(self.edge_matrix.shape)} (ports x writers), got {tuple(wanted.shape)}")
+        if wanted.dtype != torch.bool:
+            raise InputError(f"keep must be a boolean matrix, True where an edge stays, got {wanted.dtype}")
         cut = self.edge_matrix & ~wanted.cpu()
         if not bool(cut.any()):
             return self
@@ -332,7 +335,17 @@ class Graph:
         missing = [w for i, w in enumerate(self.writers) if w not in means and bool(cut[:, i].any())]
         if missing:
             raise InputError(f"no mean was given for {missing[0]}; collect means on this graph")
+        for i in cut.any(0).nonzero()[:, 0].tolist():
+            name, width = self.writers[i], self._stream_width(self.writers[i])
+            if means[name].ndim != 2 or means[name].shape[1] != width:
+                got = tuple(means[name].shape)
+                raise InputError(f"the mean of {name} must be [1, {width}] or [pos, {width}], got {got}")
         return means
+
+    def _stream_width(self, writer: str) -> int:
+        write = self.find(writer)[0].write
+        assert write is not None
+        return write.d_out
 
     def _cut_stage(self, s: int, cut: Tensor, means: Mapping[str, Tensor] | None) -> Stage:
         stage = self.stages[s]
@@ -371,12 +384,16 @@ class Graph:
         return dataclasses.replace(self, modules=of)
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Graph:
-        """The graph on another device or in another precision (integer tensors keep theirs)."""
+        """The graph on another device or in another precision (integers and rotary frequencies keep theirs)."""
+        rotaries = [s.core.rotary for s in self.stages if isinstance(s.core, Attention)]
+        # a rounded frequency would turn later positions by a wrong angle
+        exact = {id(r.inv_freq) for r in rotaries if r is not None}
 
         def move(t: Tensor) -> Tensor:
-            return t.to(device=device, dtype=dtype if t.is_floating_point() else None)
+            return t.to(device=device, dtype=dtype if t.is_floating_point() and id(t) not in exact else None)
 
-        return dataclasses.replace(self, stages=tree.map_tensors(self.stages, move))
+        info = dict(self.info) | ({} if dtype is None else {"dtype": str(dtype).removeprefix("torch.")})
+        return dataclasses.replace(self, stages=tree.map_tensors(self.stages, move), info=info)
 
     # ---- sizes -----------------------------------------------------------------------------------------
 
@@ -483,18 +500,20 @@ def _stage_title(stage: Stage) -> str:
 
 
 def _add_constants(
-    offset: Float[Tensor, "nodes #pos d_model"] | None,
+    offset: Float[Tensor, "nodes _ d_model"] | None,
     gone: Bool[Tensor, "nodes writers"],
-    constants: list[Float[Tensor, "#pos d_model"] | None],
-) -> Float[Tensor, "nodes #pos d_model"]:
+    constants: list[Float[Tensor, "_ d_model"] | None],
+) -> Float[Tensor, "nodes _ d_model"]:
     """Offsets after the writers marked as gone have been replaced by their constants."""
     given = [(i, c) for i, c in enumerate(constants) if c is not None]
     longest = max(c.shape[0] for _, c in given)
+    if any(c.shape[0] not in (1, longest) for _, c in given):
+        raise InputError("means per position must cover the same number of positions for every writer")
     table = torch.stack([c.expand(longest, -1) for _, c in given])
     weights = gone[:, [i for i, _ in given]].to(table)
     added = torch.einsum("nw,wpd->npd", weights, table)
     if offset is None:
         return added
-    if math.gcd(offset.shape[1], added.shape[1]) != min(offset.shape[1], added.shape[1]):
+    if offset.shape[1] != added.shape[1] and 1 not in (offset.shape[1], added.shape[1]):
         raise InputError("means per position must cover the same number of positions in every cut")
     return offset + added

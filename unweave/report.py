@@ -16,6 +16,7 @@ import json
 import math
 import re
 from collections.abc import Iterator, Mapping
+from functools import cache
 from html import escape
 from importlib import resources
 from pathlib import Path
@@ -263,11 +264,10 @@ def _inside(value: Any, kind: Any, where: str) -> Iterator[tuple[Any, Any, str]]
     arguments = get_args(kind)
     if is_typeddict(kind):
         prefix = f"{where}." if where else ""
-        for name, hint in get_type_hints(kind, include_extras=True).items():
-            optional = get_origin(hint) is NotRequired
+        for name, hint, required in _fields(kind):
             if name in value:
-                yield value[name], get_args(hint)[0] if optional else hint, prefix + name
-            elif not optional:
+                yield value[name], hint, prefix + name
+            elif required:
                 raise InputError(f"report data: {where or 'it'} lacks {name!r}, {_word(hint)} (see {kind.__name__})")
     elif get_origin(kind) is tuple:
         yield from ((v, k, f"{where}[{i}]") for i, (v, k) in enumerate(zip(value, arguments, strict=True)))
@@ -275,6 +275,13 @@ def _inside(value: Any, kind: Any, where: str) -> Iterator[tuple[Any, Any, str]]
         yield from ((v, arguments[0], f"{where}[{i}]") for i, v in enumerate(value))
     elif get_origin(kind) is dict:
         yield from ((v, arguments[1], f"{where}[{k!r}]") for k, v in value.items())
+
+
+@cache
+def _fields(kind: Any) -> list[tuple[str, Any, bool]]:
+    """The fields of a TypedDict: (name, type, whether it must be there)."""
+    hints = get_type_hints(kind, include_extras=True).items()
+    return [(n, get_args(h)[0], False) if get_origin(h) is NotRequired else (n, h, True) for n, h in hints]
 
 
 def _word(kind: Any) -> str:
@@ -306,7 +313,8 @@ def render_report(data: Mapping[str, Any]) -> str:
     checked = validate_report_data(data)
     script, style = bundle("main.js"), _asset("style.css")
     parts = {
-        "TITLE": escape(checked["title"]),
+        # half a surrogate pair is a Python string but no text that a file could hold
+        "TITLE": escape(checked["title"].encode("utf-8", "replace").decode("utf-8")),
         "STYLE_HASH": _hash(style),
         "SCRIPT_HASH": _hash(script),
         "STYLE": style,
@@ -328,7 +336,7 @@ def write_report(data: Mapping[str, Any], path: str | Path) -> Path:
     return Path(path)
 
 
-IMPORT = re.compile(r'^import \{[\w, ]+\} from "\./(\w+\.js)";\n', re.MULTILINE)
+IMPORT = re.compile(r'^import \{[$\w, ]+\} from "\./(\w+\.js)";\n', re.MULTILINE)
 EXPORT = re.compile(r"^export (?=(?:async )?function |const |let |class )", re.MULTILINE)
 
 

@@ -53,8 +53,8 @@ def save_graph(
     """Write a graph, and plain results with it, as a folder; all of it or nothing.
 
     :func:`load_graph` gives back the same graph bit by bit, on the CPU; a tensor used twice is stored once,
-    and is one again. What could not be loaded is refused before anything is written. Everything is written to a
-    temporary folder beside the final one, pushed to the disk and renamed.
+    and is one again. What could not be loaded is refused before anything is written. Everything is written to
+    a temporary folder beside the final one, pushed to the disk and renamed.
 
     Args:
         graph: on any device.
@@ -244,7 +244,7 @@ def _check_head(where: str, head: Any) -> dict[str, Any]:
     if head.get("version") != VERSION or type(head["version"]) is not int:
         raise CorruptFileError(
             f"{where} has format version {head.get('version')!r}, of unweave {head.get('unweave')!r}; this "
-            f"one ({__version__}) reads version {VERSION}: update unweave, or make the folder again with this one"
+            f"one ({__version__}) reads version {VERSION}: update unweave, or make the folder again"
         )
     for key, kind in HEAD.items():
         if not isinstance(head.get(key), kind):
@@ -260,9 +260,9 @@ def _build(where: str, head: Mapping[str, Any], weights: Mapping[str, Tensor]) -
         if not all(isinstance(stage, Stage) for stage in stages):
             raise CorruptFileError("'stages' must be a list of stages")
         _check_types(stages, "stages")
+        graph = Graph(stages, head["info"], head["resample"], head["modules"])
         if set(tree.tensors(stages)) != set(weights):
             raise CorruptFileError("a tensor is not used, or not named after where it is first used")
-        graph = Graph(stages, head["info"], head["resample"], head["modules"])
         _check_facts(graph)
     except (CorruptFileError, TypeError, ValueError, LookupError, RuntimeError) as error:
         raise CorruptFileError(f"{where} is not a valid graph: {error}") from error

@@ -93,8 +93,8 @@ def _rebuild(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
         return dataclasses.replace(value, **changed) if changed else value
     if isinstance(value, Mapping):
         return {name: _rebuild(child, function) for name, child in value.items()}
-    if isinstance(value, tuple):
-        new = tuple(_rebuild(child, function) for child in value)
+    if isinstance(value, (tuple, list)):
+        new = type(value)(_rebuild(child, function) for child in value)
         return new if any(a is not b for a, b in zip(new, value, strict=True)) else value
     return value
 
@@ -139,7 +139,7 @@ def unpack(plain: Any, weights: Mapping[str, Tensor], where: str = "graph") -> A
     if not isinstance(plain, dict):
         return plain
     if "tensor" in plain:
-        if plain["tensor"] not in weights:
+        if not isinstance(plain["tensor"], str) or plain["tensor"] not in weights:
             raise CorruptFileError(f"{where}: the tensor {plain['tensor']!r} is not in the weights file")
         return weights[plain["tensor"]]
     if "dict" in plain:
@@ -150,7 +150,8 @@ def unpack(plain: Any, weights: Mapping[str, Tensor], where: str = "graph") -> A
 
 
 def _unpack_registered(plain: dict[str, Any], weights: Mapping[str, Tensor], where: str) -> Any:
-    cls = _REGISTERED.get(plain.get("type", ""))
+    name = plain.get("type")
+    cls = _REGISTERED.get(name) if isinstance(name, str) else None
     if cls is None:
         raise CorruptFileError(f"{where}: unknown type {plain.get('type')!r}; known: {sorted(_REGISTERED)}")
     fields = {field.name for field in dataclasses.fields(cls)}

@@ -12,6 +12,7 @@ from torch import nn
 
 from unweave.architectures.parts import activation, attention_stage, embed_stage, hf_info, mlp_stage, read, rms_norm
 from unweave.architectures.parts import rotary, unembed_stage
+from unweave.errors import UnsupportedModelError
 from unweave.graph import Graph, Stage
 from unweave.ops import Attention, Readout
 
@@ -22,6 +23,9 @@ def capture_llama(model: Any) -> Graph:
     """Any Llama-like causal language model of Hugging Face as a graph."""
     config, body = model.config, model.model
     gemma = config.model_type.startswith("gemma")
+    if gemma and any(block.self_attn.o_proj.bias is not None for block in body.layers):
+        # the norm behind it would make the constant depend on what the heads write
+        raise UnsupportedModelError(f"{config.model_type} with attention_bias=True is not supported")
     limits = [rotary(body.rotary_emb, config, _rope_key(config, i))[1] for i in range(config.num_hidden_layers)]
     scale = config.hidden_size**0.5 if gemma else 1.0
     stages = [embed_stage(body.embed_tokens.weight, scale)]

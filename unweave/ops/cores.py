@@ -11,6 +11,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -49,13 +50,13 @@ class Context:
 
     inputs: Int[Tensor, "batch pos"] | Float[Tensor, "batch pos features"]
     mask: Bool[Tensor, "batch pos"] | None = None
-    shared: dict[tuple, Tensor] = field(default_factory=dict)
+    shared: dict[tuple[Any, ...], Tensor] = field(default_factory=dict)
 
     @property
     def n_pos(self) -> int:
         return self.inputs.shape[1]
 
-    def once(self, key: tuple, make: Callable[[], Tensor]) -> Tensor:
+    def once(self, key: tuple[Any, ...], make: Callable[[], Tensor]) -> Tensor:
         """``make()``, computed at most once per run for each key."""
         if key not in self.shared:
             self.shared[key] = make()

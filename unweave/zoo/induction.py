@@ -8,40 +8,50 @@ Source: Olsson et al. 2022, "In-context Learning and Induction Heads".
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Int
-from torch import Tensor
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
 
 from unweave.zoo.toy import ToyConfig, ToyTransformer
 
-__all__ = ["CONFIG", "DATA_SIZE", "batch", "data", "train"]
+__all__ = ["CONFIG", "DATA_SIZE", "accuracy", "after_earlier_copy", "batch", "data", "head_scores", "known", "train"]
 
 CONFIG = ToyConfig(
     n_layers=2, n_heads=2, d_model=64, d_head=32, d_mlp=0, d_vocab=48, d_out=48, n_ctx=48, name="zoo:induction"
 )
 BOS = 0
 DATA_SIZE = 512
-STEPS = 8000
+STEPS = 4000
+# the share of its attention that a head must spend on one thing to be named after it
+HEAD_SHARE = 0.5
 HEAD_PRICE = 0.02
+PRICED = (0.25, 0.7)
 
 
 def batch(n: int, generator: torch.Generator) -> tuple[Int[Tensor, "n pos"], Bool[Tensor, "n pos"]]:
-    """(tokens, repeated): BOS, then a random text whose second part repeats its first part.
+    """(tokens, repeated): BOS, a few random tokens, then a random text over and over until the context is full.
 
-    The length of the repeated part differs from text to text, so that no fixed distance gives the answer;
-    ``repeated`` marks the positions whose next token can be known from the first part.
+    Where the text starts and how long it is differ from row to row, so that no fixed distance gives the answer; no
+    token comes twice before the first repeat, so that one earlier token tells all: a longer match never helps.
+    ``repeated`` marks the positions whose next token can be known: its earlier copy was seen.
+
+    Example:
+        >>> tokens, repeated = batch(2, torch.Generator().manual_seed(0))
+        >>> tokens.shape, bool(repeated[:, 0].any())
+        (torch.Size([2, 48]), False)
     """
     length = CONFIG.n_ctx
-    tokens = torch.randint(1, CONFIG.d_vocab, (n, length), generator=generator)
-    tokens[:, 0] = BOS
-    period = torch.randint(8, 24, (n, 1), generator=generator)
+    words = torch.rand(n, CONFIG.d_vocab - 1, generator=generator).argsort(1) + 1
+    words = torch.cat([torch.full((n, 1), BOS), words], dim=1)
+    period = torch.randint(3, 24, (n, 1), generator=generator)
+    start = 1 + (torch.rand(n, 1, generator=generator) * (length - 2 - period)).long()
     pos = torch.arange(length).expand(n, -1)
-    source = (pos - 1) % period + 1
-    tokens = torch.where(pos > 0, tokens.gather(1, source), tokens)
-    repeated = (pos > period) & (pos < length - 1)
-    return tokens, repeated
+    source = torch.where(pos < start, pos, (pos - start) % period + start)
+    repeated = (pos >= start + period) & (pos < length - 1)
+    return words.gather(1, source), repeated
 
 
 def data(n: int = DATA_SIZE, seed: int = 1) -> tuple[Int[Tensor, "n pos"], Bool[Tensor, "n pos"]]:
@@ -49,23 +59,110 @@ def data(n: int = DATA_SIZE, seed: int = 1) -> tuple[Int[Tensor, "n pos"], Bool[
     return batch(n, torch.Generator().manual_seed(seed))
 
 
+def after_earlier_copy(tokens: Int[Tensor, "n pos"]) -> Bool[Tensor, "n pos pos"]:
+    """[t, s]: the token before s is the one at t, and came earlier: where an induction head at t should look.
+
+    Example:
+        >>> after_earlier_copy(torch.tensor([[5, 7, 5]]))[0, 2]
+        tensor([False,  True, False])
+    """
+    n = tokens.shape[1]
+    same = (tokens[:, :, None] == tokens[:, None, :]) & torch.ones(n, n, dtype=torch.bool).tril(-1)
+    return torch.cat([torch.zeros_like(same[:, :, :1]), same[:, :, :-1]], dim=2)
+
+
+@torch.no_grad()
+def head_scores(
+    model: ToyTransformer, tokens: Int[Tensor, "n pos"], repeated: Bool[Tensor, "n pos"]
+) -> dict[str, Float[Tensor, "layer head"]]:
+    """The share of its attention that each head spends on the previous token, and after an earlier copy.
+
+    Returns:
+        "previous": on position t - 1, mean over the t that a later repeat looks back to (the last positions never
+        are, and nothing is learnt there); "induction": on the places of :func:`after_earlier_copy`, mean over
+        the ``repeated`` positions.
+    """
+    patterns = torch.stack(model.patterns(tokens))
+    place = after_earlier_copy(tokens) & repeated[:, :, None]
+    asked_for = place.any(1)[:, 1:]
+    previous = patterns.diagonal(offset=-1, dim1=-2, dim2=-1)
+    induced = (patterns * place[:, None]).sum(-1)
+    return {"previous": _mean_where(asked_for, previous), "induction": _mean_where(repeated, induced)}
+
+
+def _mean_where(
+    chosen: Bool[Tensor, "n pos"], shares: Float[Tensor, "layer n head pos"]
+) -> Float[Tensor, "layer head"]:
+    return (shares * chosen[:, None]).sum((1, 3)) / chosen.sum()
+
+
+@torch.no_grad()
+def accuracy(model: ToyTransformer, tokens: Int[Tensor, "n pos"], repeated: Bool[Tensor, "n pos"]) -> float:
+    """The share of the ``repeated`` positions at which the most likely next token is the right one."""
+    right = model(tokens)[:, :-1].argmax(-1) == tokens[:, 1:]
+    return float(right[repeated[:, :-1]].double().mean())
+
+
+def known(model: ToyTransformer) -> dict[str, Any]:
+    """What is known of the mechanism, measured on fresh texts: which heads do what, and the edges that join them."""
+    tokens, repeated = data(256, seed=2)
+    scores = head_scores(model, tokens, repeated)
+    previous = _named(0, scores["previous"][0])
+    induction = _named(1, scores["induction"][1])
+    return {
+        "previous_token_heads": previous,
+        "induction_heads": induction,
+        "edges": [f"{src}->{dst}.k" for src in previous for dst in induction],
+        "previous_share": [[round(float(x), 4) for x in row] for row in scores["previous"]],
+        "induction_share": [[round(float(x), 4) for x in row] for row in scores["induction"]],
+        "accuracy": round(accuracy(model, tokens, repeated), 5),
+    }
+
+
+def _named(layer: int, shares: Float[Tensor, " head"]) -> list[str]:
+    return [f"blocks.{layer}.attn.head.{i}" for i, share in enumerate(shares) if share > HEAD_SHARE]
+
+
 def train(seed: int = 0, steps: int = STEPS) -> Iterator[tuple[int, float, ToyTransformer]]:
     """Train, yielding (step, loss, model) every 100 steps; about two minutes on two cores."""
     torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(seed)
     model = ToyTransformer(CONFIG)
-    optimiser = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.1, betas=(0.9, 0.98))
+    optimiser = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.01, betas=(0.9, 0.98))
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, 2e-3, total_steps=steps, pct_start=0.1)
     for step in range(1, steps + 1):
         tokens, repeated = batch(64, generator)
         logits = model(tokens)[:, :-1]
         losses = F.cross_entropy(logits.transpose(1, 2), tokens[:, 1:], reduction="none")
         loss = losses[repeated[:, :-1]].mean()
-        # a price on each head's writes, so that one head of a kind does the work instead of several
-        price = sum((block.W_O.square().sum((1, 2)) + 1e-4).pow(0.25).sum() for block in model.blocks)
+        # paid only once the circuit is there (sooner, it would never form), and not at the end
+        priced = PRICED[0] * steps < step < PRICED[1] * steps
         optimiser.zero_grad()
-        (loss + HEAD_PRICE * max(0.0, 1 - step / (0.7 * steps)) * price).backward()
+        (loss + HEAD_PRICE * price_of_heads(model) if priced else loss).backward()
         optimiser.step()
         schedule.step()
+        if step == int(PRICED[1] * steps):
+            clear_idle_heads(model)
         if step % 100 == 0:
             yield step, float(loss.detach()), model
+
+
+def price_of_heads(model: ToyTransformer) -> Float[Tensor, ""]:
+    """The sum over heads of the square root of |W_V W_O|: least when one head of a kind does the work of several."""
+    return (torch.stack([_writes(block) for block in model.blocks]).square() + 1e-4).pow(0.25).sum()
+
+
+@torch.no_grad()
+def clear_idle_heads(model: ToyTransformer) -> None:
+    """Set heads that write less than a tenth of what their layer's strongest does to zero, where they stay.
+
+    With W_V = W_O = 0 no weight of theirs has a gradient; such a head looks everywhere alike and writes nothing.
+    """
+    for block in model.blocks:
+        writes = _writes(block)
+        for name in ("W_Q", "W_K", "W_V", "W_O", "b_Q", "b_K", "b_V"):
+            getattr(block, name)[writes < 0.1 * writes.max()] = 0.0
+
+
+def _writes(block: nn.Module) -> Float[Tensor, " head"]:
+    return torch.linalg.vector_norm(block.W_V @ block.W_O, dim=(1, 2))

@@ -31,8 +31,8 @@ CONFIG = ToyConfig(
     n_ctx=3,
     name="zoo:modular_addition",
 )
-STEPS = 6000
-TRAIN_SHARE = 0.35
+STEPS = 4500
+TRAIN_SHARE = 0.3
 # a frequency is a key one when it carries this share of the logits' variance; the others carry about nothing
 KEY_SHARE = 0.01
 
@@ -125,7 +125,7 @@ def known(model: ToyTransformer) -> dict[str, Any]:
 
 
 def train(seed: int = 0, steps: int = STEPS) -> Iterator[tuple[int, float, ToyTransformer]]:
-    """Train on a third of all pairs, full batch, yielding (step, test loss, model) every 100 steps."""
+    """Train on 30% of all pairs, full batch, yielding (step, test loss, model) every 100 steps; minutes."""
     torch.manual_seed(seed)
     tokens, answers = all_pairs()
     order = torch.randperm(len(tokens), generator=torch.Generator().manual_seed(seed))
@@ -137,11 +137,12 @@ def train(seed: int = 0, steps: int = STEPS) -> Iterator[tuple[int, float, ToyTr
         for group in optimiser.param_groups:
             # warm up, stay, then come to rest: a constant rate keeps throwing the weights about
             group["lr"] = 2e-3 * min(step / 10, 1.0, (steps - step) / (0.4 * steps) + 1e-3)
-        loss = F.cross_entropy(last_logits(model, tokens[seen]), answers[seen])
+        # in float32 a loss this small rounds to nothing, and the weights jump about for ever
+        loss = F.cross_entropy(last_logits(model, tokens[seen]).double(), answers[seen])
         optimiser.zero_grad()
         loss.backward()
         optimiser.step()
         if step % 100 == 0:
             with torch.no_grad():
-                test = F.cross_entropy(last_logits(model, tokens[unseen]), answers[unseen])
+                test = F.cross_entropy(last_logits(model, tokens[unseen]).double(), answers[unseen])
             yield step, float(test), model

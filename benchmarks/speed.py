@@ -1,0 +1,91 @@
+"""Times as ratios, measured side by side, and memory against the size of the data set.
+
+    python -m benchmarks.speed
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+
+import torch
+import torch.nn.functional as F
+
+from benchmarks.common import SHARED, fastest, model, save
+from unweave.capture import capture, load_model
+from unweave.compression import channel_moments
+from unweave.compression.allocation import Budgeter
+from unweave.execution import run
+from unweave.graph import Graph
+from unweave.scope import Scope
+from unweave.scoring import score_edges
+from unweave.statistics import collect_means
+
+
+def forwards(name: str) -> dict[str, float]:
+    graph, train, _ = model(name)
+    original = load_model(SHARED / "models" / name)
+    tokens = train.tokens[:16].long()
+    means = {w: torch.zeros(1, graph.info["d_model"]) for w in graph.writers}
+    half = graph.possible_edges & (torch.rand(graph.possible_edges.shape, generator=torch.Generator().manual_seed(0)) < 0.5)
+    small = Budgeter(graph, channel_moments(graph, train.select(slice(0, 32)), Scope())).at_size(0.4)
+    with torch.no_grad():
+        base = fastest(lambda: original(tokens), 15)
+        graphs: dict[str, Graph] = {"uncut": graph, "half of the edges cut": graph.restrict(half, means=means), "compressed to 40%": small}
+        return {what: fastest(lambda g=g: run(g, tokens), 15) / base for what, g in graphs.items()}
+
+
+def pipeline(name: str) -> float:
+    _, train, _ = model(name)
+    data = train.select(slice(0, 256))
+    original = load_model(SHARED / "models" / name)
+
+    def passes() -> None:
+        for batch in data.batches(16):
+            logits = original(batch.inputs).logits
+            F.cross_entropy(logits[:, :-1].flatten(0, 1), batch.inputs[:, 1:].flatten()).backward()
+            original.zero_grad()
+
+    def ours() -> None:
+        graph = capture(original, verify=False)
+        means = collect_means(graph, data.select(slice(0, 64)))
+        score_edges(graph, data, means=means, samples=1)
+        moments = channel_moments(graph, data.select(slice(0, 64)), Scope(), samples=1)
+        Budgeter(graph, moments).at_size(0.6)
+
+    return fastest(ours, 1) / fastest(passes, 1)
+
+
+def peak_megabytes(n: int) -> float:
+    """Peak memory of scoring and moments over n sequences, in a process of its own."""
+    code = (
+        "import torch, resource, sys; torch.set_num_threads(1)\n"
+        "from benchmarks.common import model\n"
+        "from unweave.compression import channel_moments\n"
+        "from unweave.scope import Scope\n"
+        "from unweave.scoring import score_edges\n"
+        f"graph, data, _ = model('stories260K'); data = data.select(slice(0, {n}))\n"
+        "score_edges(graph, data, samples=1); channel_moments(graph, data, Scope(), samples=1)\n"
+        "sys.stdout.write(str(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024))\n"
+    )
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    return float(out.stdout.split()[-1])
+
+
+def main() -> None:
+    started = time.time()
+    torch.set_num_threads(1)
+    result: dict = {"forward_ratio": {}, "pipeline_ratio": {}, "peak_mb": {}}
+    for name in ("stories260K", "pylm"):
+        result["forward_ratio"][name] = forwards(name)
+        result["pipeline_ratio"][name] = pipeline(name)
+        print(result, flush=True)
+    for n in (64, 256, 1024):
+        result["peak_mb"][n] = peak_megabytes(n)
+    print(result)
+    save("speed", result, started, "python -m benchmarks.speed")
+
+
+if __name__ == "__main__":
+    main()

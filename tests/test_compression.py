@@ -1,0 +1,228 @@
+"""Closed forms against brute force; budgets are kept; structure survives."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from families import random_model
+from oracles import naive_run
+
+import unweave
+from unweave.capture import capture
+from unweave.compression import channel_moments, refine_factors
+from unweave.compression.allocation import Budgeter, mean_divergence
+from unweave.compression.baselines import activation_svd, fisher_rows, pca_slicing, plain_svd, row_fisher_svd
+from unweave.compression.factors import compensated_write, eliminate_neurons, pivot, root, spectrum, to_map
+from unweave.data import from_tensor
+from unweave.errors import InputError, NonFiniteError
+from unweave.execution import run
+from unweave.scope import Scope
+from unweave.storage import load_graph, save_graph
+from unweave.subspaces import node_subspaces
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+def psd(n, rank=None):
+    x = torch.randn(n, rank or 2 * n).double()
+    return x @ x.T / n
+
+
+def test_the_spectrum_is_the_best_low_rank_matrix_in_its_metric():
+    w, a, g = torch.randn(5, 7).double(), psd(7), psd(5)
+    seen = spectrum(w, a, g)
+
+    def cost(other):
+        d = w - other
+        return 0.5 * torch.trace(g @ d @ a @ d.T)
+
+    for r in range(6):
+        best = seen.left[:, :r] @ seen.right[:r]
+        assert torch.allclose(cost(best), seen.nats[r:].sum(), rtol=1e-4)
+        for _ in range(20):
+            nudged = (seen.left[:, :r] + 0.02 * torch.randn(5, r).double()) @ (seen.right[:r] + 0.02 * torch.randn(r, 7).double())
+            assert cost(nudged) >= cost(best) - 1e-9
+
+
+def test_a_singular_moment_is_no_trouble():
+    half, inverse = root(psd(6, 2))
+    assert torch.isfinite(half).all()
+    assert torch.isfinite(inverse).all()
+    assert torch.isfinite(root(torch.zeros(3, 3))[1]).all()
+
+
+def test_pivoting_stores_the_same_matrix_in_fewer_numbers():
+    left, right = torch.randn(6, 3).double(), torch.randn(3, 8).double()
+    basis, pivoted = pivot(right)
+    assert torch.allclose(basis @ pivoted.dense(), right)
+    cut = to_map(left, right, torch.float64)
+    assert torch.allclose(cut.dense(), left @ right)
+    assert cut.n_parameters == 3 * (6 + 8 - 3)
+    assert to_map(left[:, :0], right[:0], torch.float64).dense().abs().max() == 0
+
+
+def test_the_first_neuron_given_up_is_the_cheapest_and_its_price_is_right():
+    write, code2, felt = torch.randn(4, 5).double(), psd(5), psd(4)
+    plan = eliminate_neurons(write, code2, felt)
+
+    def lost(kept):
+        kept = torch.tensor(kept)
+        new = torch.zeros_like(write)
+        new[:, kept] = compensated_write(write, code2, kept)
+        d = write - new
+        return float(0.5 * torch.trace(felt @ d @ code2 @ d.T))
+
+    truth = {tuple(sorted(set(range(5)) - {j})): lost([i for i in range(5) if i != j]) for j in range(5)}
+    best = min(truth, key=truth.get)
+    assert int(plan.order[0]) not in best
+    assert plan.nats[1] == pytest.approx(truth[best], rel=1e-2)
+    pairs = [lost(list(kept)) for kept in itertools.combinations(range(5), 3)]
+    assert min(pairs) * 0.98 <= float(plan.nats[2]) <= max(pairs)
+
+
+FAMILIES = ["gpt2", "gpt_neox", "llama-tied-biased", "qwen3", "gemma2"]
+
+
+def setup(name):
+    graph = capture(random_model(name), verify=False)
+    data = from_tensor(torch.randint(50, (24, 12), generator=torch.Generator().manual_seed(2)))
+    return graph, data, channel_moments(graph, data, Scope(), samples=2)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_moments_equal_those_of_the_plainest_executor(name):
+    graph, data, moments = setup(name)
+    small = data.select(slice(0, 2))
+    m = channel_moments(graph, small, Scope())[len([s for s in graph.stages if s.kind == "embed"])]
+    stage = next(s for s in graph.stages if s.kind == "attn")
+    _, _, heard = naive_run(graph, small.tokens.long())
+    x = heard[f"{stage.nodes[0]}.q"].flatten(0, 1)
+    n = stage.ports[0].norm.apply(x).double()
+    assert torch.allclose(m.inputs["q"], n.mean(0), atol=1e-5)
+    assert torch.allclose(m.inputs2["q"], torch.cov(n.T, correction=0), atol=1e-5)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_nothing_is_lost_where_nothing_is_dropped(name):
+    graph, data, moments = setup(name)
+    budgeter = Budgeter(graph, moments)
+    full = budgeter.build([part.choose(0.0) for _, part in budgeter.parts])
+    x = data.tokens[:4].long()
+    assert torch.allclose(run(full, x).logits, run(graph, x).logits, atol=2e-3)
+    assert full.n_channel_parameters <= graph.n_channel_parameters * 1.05
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("size", [0.7, 0.45])
+def test_budgets_are_kept_and_the_graph_still_runs_everywhere(name, size, tmp_path):
+    graph, data, moments = setup(name)
+    small = unweave.compress(graph, data, size=size, moments=moments)
+    assert small.n_channel_parameters <= size * graph.n_channel_parameters
+    assert small.n_channel_parameters >= (size - 0.12) * graph.n_channel_parameters
+    assert small.n_edges == graph.n_edges
+    x = data.tokens[:2, :7].long()
+    assert torch.allclose(run(small, x).logits, naive_run(small, x)[0], atol=1e-4)
+    means = unweave.collect_means(small, data)
+    cut = small.restrict(small.possible_edges & (torch.rand(small.possible_edges.shape) < 0.6), means=means)
+    assert torch.allclose(run(cut, x).logits, naive_run(cut, x)[0], atol=1e-4)
+    back = load_graph(save_graph(cut, tmp_path / "g"))
+    assert torch.equal(run(back, x).logits, run(cut, x).logits)
+    exact = unweave.score_edges(small, data.select(slice(0, 2)), method="exact", means=means)
+    assert torch.isfinite(exact.nats[small.edge_matrix]).all()
+
+
+def test_smaller_is_further_and_we_beat_the_baselines_on_the_zoo(induction, induction_data):
+    data, scope = induction_data, Scope("answered")
+    moments = channel_moments(induction, data, scope)
+    far = [mean_divergence(induction, unweave.compress(induction, data, scope, size=s, moments=moments), data, scope) for s in (0.8, 0.5, 0.35)]
+    assert far == sorted(far)
+    rows = fisher_rows(induction, data)
+    rivals = [
+        plain_svd(induction, 0.5),
+        activation_svd(induction, 0.5, moments),
+        row_fisher_svd(induction, 0.5, rows),
+        pca_slicing(induction, 0.5, moments)[0],
+    ]
+    assert far[1] < 0.2 * min(mean_divergence(induction, r, data, scope) for r in rivals)
+
+
+def test_baselines_are_what_they_say(induction, induction_data):
+    moments = channel_moments(induction, induction_data, Scope("answered"))
+    plain = plain_svd(induction, 0.5)
+    w = induction.stages[2].write.dense()
+    got = plain.stages[2].write
+    u, s, v = torch.linalg.svd(w)
+    r = got.left.shape[1]
+    assert torch.allclose(got.dense(), (u[:, :r] * s[:r]) @ v[:r], atol=1e-5)
+    assert plain.n_channel_parameters <= 0.5 * induction.n_channel_parameters
+    a = moments[2].code2 + torch.outer(moments[2].code, moments[2].code)
+    white = activation_svd(induction, 0.5, moments).stages[2].write.dense().double()
+    best = torch.trace((w.double() - white) @ a @ (w.double() - white).T)
+    assert best <= torch.trace((w.double() - got.dense().double()) @ a @ (w.double() - got.dense().double()).T)
+    sliced, paths, numbers = pca_slicing(induction, 0.5, moments)
+    assert numbers <= 0.5 * induction.n_channel_parameters
+    assert len(paths) == 2 * 4
+
+
+def test_a_budget_in_nats_is_kept(induction, induction_data):
+    scope = Scope("answered")
+    small = unweave.compress(induction, induction_data, scope, kl_nats=0.05)
+    assert mean_divergence(induction, small, induction_data, scope) <= 0.05
+    assert small.n_channel_parameters < 0.7 * induction.n_channel_parameters
+
+
+def test_refinement_brings_the_graph_closer_and_resumes(induction, induction_data, tmp_path, monkeypatch):
+    scope = Scope("answered")
+    small = unweave.compress(induction, induction_data, scope, size=0.35)
+    before = mean_divergence(induction, small, induction_data, scope)
+    options = {"steps": 12, "batch_size": 8, "learning_rate": 3e-3}
+    better = refine_factors(small, induction, induction_data, scope, **options)
+    assert mean_divergence(induction, better, induction_data, scope) < before
+    assert better.n_parameters == small.n_parameters
+    import unweave.compression.refinement as module
+
+    monkeypatch.setattr(module, "CHECKPOINT_EVERY", 5)
+    real, calls = module._loss, []
+
+    def dying(*args):
+        calls.append(1)
+        if len(calls) == 8:
+            raise KeyboardInterrupt
+        return real(*args)
+
+    monkeypatch.setattr(module, "_loss", dying)
+    path = tmp_path / "refine.safetensors"
+    with pytest.raises(KeyboardInterrupt):
+        refine_factors(small, induction, induction_data, scope, checkpoint=path, **options)
+    resumed = refine_factors(small, induction, induction_data, scope, checkpoint=path, **options)
+    x = induction_data.tokens[:2].long()
+    assert torch.allclose(run(resumed, x).logits, run(better, x).logits, atol=1e-3)
+    with pytest.raises(NonFiniteError, match="diverged"):
+        monkeypatch.setattr(module, "_loss", lambda *a: torch.tensor(torch.nan, requires_grad=True))
+        refine_factors(small, induction, induction_data, scope, steps=1)
+
+
+def test_subspaces_are_ordered_and_as_wide_as_the_rank(induction, induction_data):
+    scope = Scope("answered")
+    small = unweave.compress(induction, induction_data, scope, size=0.5)
+    spaces = node_subspaces(small, channel_moments(small, induction_data, scope))
+    for s in (2, 3):
+        for i, node in enumerate(small.stages[s].nodes):
+            for space in spaces[node].values():
+                assert (space.nats.diff() <= 1e-9).all()
+            assert len(spaces[node]["write"].nats) == small.stages[s].code_widths[i]
+
+
+@pytest.mark.parametrize(
+    "budget", [{}, {"size": 0.5, "kl_nats": 0.1}, {"size": 0.0}, {"size": 1.5}, {"kl_nats": -1.0}, {"size": 0.001}]
+)
+def test_bad_budgets_are_refused(induction, induction_data, budget):
+    with pytest.raises(InputError):
+        unweave.compress(induction, induction_data, **budget)
+
+
+def test_a_cut_graph_is_refused(induction, induction_data):
+    with pytest.raises(InputError, match="cut edges"):
+        unweave.compress(induction.restrict(induction.edges[1:], ablation="zero"), induction_data, size=0.5)

@@ -1,0 +1,50 @@
+// The report page. Every string of the data is hostile: it becomes text, never markup.
+import { startCurve } from "./curve.js";
+import { $ } from "./dom.js";
+import { redraw, startGraph } from "./graph.js";
+import { startHeader } from "./header.js";
+import { startPanel } from "./panel.js";
+import { startEdges, startFaithfulness, startProvenance, startWorst } from "./tables.js";
+import { startTips } from "./tip.js";
+import { readAddress, view } from "./view.js";
+
+function startTheme() {
+  const system = matchMedia("(prefers-color-scheme: dark)"), root = document.documentElement;
+  const dark = () => (root.dataset.theme ? root.dataset.theme === "dark" : system.matches);
+  $("theme").addEventListener("click", () => {
+    root.dataset.theme = dark() ? "light" : "dark";
+    redraw();
+  });
+  system.addEventListener("change", redraw);
+}
+// sections are reached without touching the address, which keeps the node and the threshold
+function startJumps() {
+  for (const jump of document.querySelectorAll("[data-jump]")) {
+    jump.addEventListener("click", (event) => {
+      event.preventDefault();
+      const target = $(jump.getAttribute("href").slice(1));
+      target.scrollIntoView({ block: "start" });
+      target.focus({ preventScroll: true });
+    });
+  }
+}
+
+startTips();
+startTheme();
+startJumps();
+startHeader();
+startFaithfulness();
+startCurve();
+startGraph();
+startPanel();
+startEdges();
+startWorst();
+startProvenance();
+readAddress();
+window.addEventListener("hashchange", readAddress);
+// a permalink to a node opens at the graph, whatever the browser remembers
+if (view.node !== null) {
+  history.scrollRestoration = "manual";
+  $("h-graph").scrollIntoView({ block: "start" });
+}
+document.documentElement.dataset.ready = "true";
