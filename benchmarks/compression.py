@@ -5,17 +5,19 @@
 
 Calibration: 128 sequences of 128 tokens. Refinement: 200 steps of 16 x 128 tokens of KL to the original, Adam, cosine
 decay, the learning rate chosen from four on a separate tuning slice (40 steps each). Nothing is tuned on the
-held-out data.
+held-out data. A run that was stopped goes on where it was; delete the result file to start afresh. With
+--closed-form only the part without training is run (minutes).
 """
 
 from __future__ import annotations
 
+import json
 import sys
 import time
 
 import torch
 
-from benchmarks.common import interval, model, save
+from benchmarks.common import RESULTS, interval, model, save
 from unweave.compression import baselines, channel_moments, refine_factors
 from unweave.compression.allocation import Budgeter, mean_divergence
 from unweave.compression.refinement import trainable
@@ -63,24 +65,34 @@ def refined(graph: Graph, small: Graph, paths: set[str], train: TokenData, tune:
     return refine_factors(small, graph, train, steps=200, learning_rate=best, train=paths), best
 
 
-def main(name: str) -> None:
+def earlier(name: str) -> list[dict]:
+    """Rows of an interrupted run: refinement takes hours, so it goes on where it stopped."""
+    path = RESULTS / f"compression-{name}.json"
+    return json.loads(path.read_text())["rows"] if path.exists() else []
+
+
+def main(name: str, closed_form_only: bool) -> None:
     started = time.time()
     torch.set_num_threads(1)
     graph, train, held = model(name)
     calibration, tune = train.select(slice(0, 128)), train.select(slice(128, 160))
     train, held = train.select(slice(160, 160 + 3200)), held.select(slice(0, 128))
-    rows, cache = [], {}
-    for size in SIZES:
-        for method, (small, paths, numbers) in candidates(graph, calibration, size, cache).items():
-            kl = held_out_kl(graph, small, held)
-            better, rate = refined(graph, small, paths, train, tune)
-            kl_refined = held_out_kl(graph, better, held)
-            row = {"size": size, "method": method, "numbers_share": numbers / graph.n_channel_parameters}
-            row |= {"kl_nats": kl, "kl_nats_refined": kl_refined, "learning_rate": rate}
-            rows.append(row)
-            print(name, row, flush=True)
-            save(f"compression-{name}", {"model": name, "rows": rows, "n": len(held)}, started, f"python -m benchmarks.compression {name}")
+    rows = {(r["size"], r["method"]): r for r in earlier(name)}
+    cache: dict = {}
+    for refine in (False, True)[: 1 if closed_form_only else 2]:
+        for size in SIZES:
+            for method, (small, paths, numbers) in candidates(graph, calibration, size, cache).items():
+                row = rows.setdefault((size, method), {"size": size, "method": method})
+                row["numbers_share"] = numbers / graph.n_channel_parameters
+                if not refine:
+                    row["kl_nats"] = held_out_kl(graph, small, held)
+                elif "kl_nats_refined" not in row:
+                    better, rate = refined(graph, small, paths, train, tune)
+                    row |= {"kl_nats_refined": held_out_kl(graph, better, held), "learning_rate": rate}
+                print(name, row, flush=True)
+                result = {"model": name, "rows": list(rows.values()), "n": len(held)}
+                save(f"compression-{name}", result, started, f"python -m benchmarks.compression {name}")
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(sys.argv[1], "--closed-form" in sys.argv)

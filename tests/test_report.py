@@ -72,10 +72,10 @@ def test_valid_data_come_back_as_an_equal_copy(small: dict[str, Any]) -> None:
 
 
 def test_numbers_that_are_not_finite_become_none(small: dict[str, Any]) -> None:
-    data = {**small, "provenance": {"a": [math.inf, {"b": -math.inf}], "c": np.float64("nan")}}
+    data = {**small, "provenance": {"a": [math.inf, {"b": -math.inf}], "c": np.float64("nan"), "d": 10**5000}}
     checked = validate_report_data(data)
     assert checked["faithfulness"][-1]["loss_recovered"] == {"value": None, "low": None, "high": None}
-    assert checked["provenance"] == {"a": [None, {"b": None}], "c": None}
+    assert checked["provenance"] == {"a": [None, {"b": None}], "c": None, "d": None}
 
 
 SAMPLES = [
@@ -148,9 +148,12 @@ def test_bad_data_are_refused_with_the_place(path: list[Any], value: Any, messag
         render_report(data)
 
 
-def test_too_many_edges_and_too_deep_data_are_refused(small: dict[str, Any]) -> None:
-    with pytest.raises(InputError, match="edges has 10001 entries, at most 10000"):
-        validate_report_data({**small, "edges": small["edges"][:1] * 10_001})
+def test_too_many_edges_and_too_deep_data_are_refused(small: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    assert report.MAX_EDGES == 10_000
+    monkeypatch.setattr(report, "MAX_EDGES", 20)
+    validate_report_data({**small, "edges": small["edges"][:1] * 20})
+    with pytest.raises(InputError, match="edges has 21 entries, at most 20; keep the strongest"):
+        validate_report_data({**small, "edges": small["edges"][:1] * 21})
     nest: list[Any] = []
     for _ in range(100):
         nest = [nest]

@@ -125,18 +125,11 @@ _PLANS: weakref.WeakKeyDictionary[Graph, Plan] = weakref.WeakKeyDictionary()
 
 def plan_of(graph: Graph) -> Plan:
     """The plan of a graph, made once and kept as long as the graph lives (not while factors are trained)."""
-    if any(t.requires_grad for t in _floats(graph)):
+    if any(t.requires_grad for t in graph.tensors):
         return _make_plan(graph)
     if graph not in _PLANS:
         _PLANS[graph] = _make_plan(graph)
     return _PLANS[graph]
-
-
-def _floats(graph: Graph) -> Iterable[Tensor]:
-    for stage in graph.stages:
-        for linear in [r.map for p in stage.ports for r in p.reads] + ([stage.write] if stage.write else []):
-            if isinstance(linear, (Dense, LowRank)):
-                yield linear.weight if isinstance(linear, Dense) else linear.left
 
 
 @torch.inference_mode(False)
@@ -396,7 +389,7 @@ def _weigh(table: Bool[Tensor, "row writers"], written: Float[Tensor, "batch wri
     return rearrange(flat, "b r (t d) -> b r t d", t=written.shape[2])
 
 
-def _at_positions(offset: Float[Tensor, "row #pos d"], n_pos: int) -> Float[Tensor, "row pos d"]:
+def _at_positions(offset: Float[Tensor, "row _ d"], n_pos: int) -> Float[Tensor, "row _ d"]:
     if offset.shape[1] == 1 or offset.shape[1] == n_pos:
         return offset
     if offset.shape[1] < n_pos:

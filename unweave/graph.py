@@ -422,8 +422,12 @@ class Graph:
     @property
     def size_bits(self) -> int:
         """Bits of all stored tensors, constants and edge lists included (an edge takes one bit)."""
-        stored = tree.tensors(self.stages).values()
-        return sum(t.numel() * (1 if t.dtype == torch.bool else 8 * t.element_size()) for t in stored)
+        return sum(t.numel() * (1 if t.dtype == torch.bool else 8 * t.element_size()) for t in self.tensors)
+
+    @cached_property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """Every distinct tensor."""
+        return tuple(tree.tensors(self.stages).values())
 
     @property
     def device(self) -> torch.device:

@@ -15,7 +15,7 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Mapping
 from functools import cache
 from html import escape
 from importlib import resources
@@ -193,8 +193,8 @@ def validate_report_data(data: Mapping[str, Any]) -> ReportData:
         ...
         unweave.errors.InputError: report data: title must be a string, got int (3)
     """
-    copy = _plain(data, "")
-    _check(copy, ReportData, "")
+    copy = _plain(data)
+    _checker(ReportData)(copy, "")
     rows = copy["faithfulness"]
     if not any(not row["baseline"] and row["name"] != "original" for row in rows):
         got = ", ".join(row["name"] for row in rows) or "no row"
@@ -213,75 +213,108 @@ def _check_edges(edges: list[EdgeFacts], n_nodes: int) -> None:
                 raise InputError(f"report data: edges[{i}].{end} is the place of a node in 'nodes', {got}")
 
 
-def _plain(value: Any, where: str, depth: int = 0) -> Any:
+def _plain(data: Any) -> Any:
     """A copy that JSON can hold."""
-    if depth > MAX_DEPTH:
-        raise InputError(f"report data: {where} is nested deeper than {MAX_DEPTH} levels")
-    if value is None or isinstance(value, str | bool | int):
-        return value
-    if isinstance(value, float):
-        return float(value) if math.isfinite(value) else None
-    if isinstance(value, Mapping):
-        wrong = next((key for key in value if not isinstance(key, str)), None)
-        if wrong is not None:
-            raise InputError(f"report data: {where or 'it'} has the key {wrong!r}; keys are strings")
-        return {str(k): _plain(v, f"{where}.{k}" if where else k, depth + 1) for k, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(v, f"{where}[{i}]", depth + 1) for i, v in enumerate(value)]
-    kind = type(value).__name__
-    raise InputError(f"report data: {where} holds a {kind}; give plain numbers, strings, lists and dicts")
+
+    def copy(value: Any, where: str, depth: int) -> Any:
+        if value is None or isinstance(value, bool):
+            return value
+        if isinstance(value, str):
+            return str(value)
+        if isinstance(value, int):
+            return int(value) if value.bit_length() < 1000 else None
+        if isinstance(value, float):
+            return float(value) if math.isfinite(value) else None
+        if depth > MAX_DEPTH:
+            raise InputError(f"report data: {where} is nested deeper than {MAX_DEPTH} levels")
+        if isinstance(value, Mapping):
+            return {named(k, where): copy(v, f"{where}.{k}" if where else k, depth + 1) for k, v in value.items()}
+        if isinstance(value, list | tuple):
+            return [copy(v, f"{where}[{i}]", depth + 1) for i, v in enumerate(value)]
+        kind = type(value).__name__
+        raise InputError(f"report data: {where} holds a {kind}; give plain numbers, strings, lists and dicts")
+
+    def named(key: Any, where: str) -> str:
+        if isinstance(key, str):
+            return str(key)
+        raise InputError(f"report data: {where or 'it'} has the key {key!r}; keys are strings")
+
+    return copy(data, "", 0)
 
 
-def _check(value: Any, kind: Any, where: str) -> None:
-    """``value``, already plain, against a type of the format."""
-    if kind is Any:
-        return
-    if not _fits(value, kind):
-        got = f"{type(value).__name__} ({str(value)[:60]!r})" if isinstance(value, str) else f"{type(value).__name__} ({value!r})"
-        raise InputError(f"report data: {where or 'it'} must be {_word(kind)}, got {got[:90]}")
-    for inner, inner_kind, name in _inside(value, kind, where):
-        _check(inner, inner_kind, name)
-
-
-def _fits(value: Any, kind: Any) -> bool:
-    origin = get_origin(kind)
-    if origin is Literal:
-        return any(value == allowed and type(value) is type(allowed) for allowed in get_args(kind))
-    if origin is tuple:
-        return isinstance(value, list) and len(value) == len(get_args(kind))
-    if is_typeddict(kind) or origin is dict:
-        return isinstance(value, dict)
-    if origin is list:
-        return isinstance(value, list)
-    if kind in (Number, float):
-        allowed = (float, int) if kind is float else (float, int, type(None))
-        return isinstance(value, allowed) and not isinstance(value, bool)
-    return type(value) is kind  # so that True is no int
-
-
-def _inside(value: Any, kind: Any, where: str) -> Iterator[tuple[Any, Any, str]]:
-    """The parts of a container: (part, its type, its name)."""
-    arguments = get_args(kind)
-    if is_typeddict(kind):
-        prefix = f"{where}." if where else ""
-        for name, hint, required in _fields(kind):
-            if name in value:
-                yield value[name], hint, prefix + name
-            elif required:
-                raise InputError(f"report data: {where or 'it'} lacks {name!r}, {_word(hint)} (see {kind.__name__})")
-    elif get_origin(kind) is tuple:
-        yield from ((v, k, f"{where}[{i}]") for i, (v, k) in enumerate(zip(value, arguments, strict=True)))
-    elif get_origin(kind) is list:
-        yield from ((v, arguments[0], f"{where}[{i}]") for i, v in enumerate(value))
-    elif get_origin(kind) is dict:
-        yield from ((v, arguments[1], f"{where}[{k!r}]") for k, v in value.items())
+Checker = Callable[[Any, str], None]
 
 
 @cache
-def _fields(kind: Any) -> list[tuple[str, Any, bool]]:
-    """The fields of a TypedDict: (name, type, whether it must be there)."""
-    hints = get_type_hints(kind, include_extras=True).items()
-    return [(n, get_args(h)[0], False) if get_origin(h) is NotRequired else (n, h, True) for n, h in hints]
+def _checker(kind: Any) -> Checker:
+    """A function that holds plain data against a type of the format, with everything inside them."""
+    fits, inside = _fitting(kind), _inside(kind)
+
+    def check(value: Any, where: str) -> None:
+        if not fits(value):
+            got = repr(value[:60] if isinstance(value, str) else value)[:70]
+            where = where or "it"
+            raise InputError(f"report data: {where} must be {_word(kind)}, got {type(value).__name__} ({got})")
+        if inside is not None:
+            inside(value, where)
+
+    return check
+
+
+def _fitting(kind: Any) -> Callable[[Any], bool]:
+    """Whether a value is of a type, its inside left aside."""
+    origin, arguments = get_origin(kind), get_args(kind)
+    if kind is Any:
+        return lambda value: True
+    if origin is Literal:
+        return lambda value: any(type(value) is type(allowed) and value == allowed for allowed in arguments)
+    if origin is tuple:
+        return lambda value: type(value) is list and len(value) == len(arguments)
+    if origin is list:
+        return lambda value: type(value) is list
+    if origin is dict or is_typeddict(kind):
+        return lambda value: type(value) is dict
+    # True is no number, and a whole number is a number
+    allowed = {float: {float, int}, Number: {float, int, type(None)}}.get(kind, {kind})
+    return lambda value: type(value) in allowed
+
+
+def _inside(kind: Any) -> Checker | None:
+    """Checks the parts of a container."""
+    origin, arguments = get_origin(kind), get_args(kind)
+    if is_typeddict(kind):
+        return _fields(kind)
+    if origin not in (tuple, list, dict):
+        return None
+    checks = [_checker(k) for k in arguments]
+
+    def parts(value: Any, where: str) -> None:
+        if origin is dict:
+            for name, part in value.items():
+                checks[1](part, f"{where}[{name!r}]")
+        else:
+            for i, part in enumerate(value):
+                checks[i if origin is tuple else 0](part, f"{where}[{i}]")
+
+    return parts
+
+
+def _fields(kind: Any) -> Checker:
+    """Checks the fields of a TypedDict."""
+    hints = get_type_hints(kind, include_extras=True)
+    optional = {name for name, hint in hints.items() if get_origin(hint) is NotRequired}
+    types = {name: get_args(hint)[0] if name in optional else hint for name, hint in hints.items()}
+    checks = {name: _checker(hint) for name, hint in types.items()}
+
+    def fields(value: dict[str, Any], where: str) -> None:
+        for name, check in checks.items():
+            if name in value:
+                check(value[name], f"{where}.{name}" if where else name)
+            elif name not in optional:
+                what = f"{where or 'it'} lacks {name!r}, {_word(types[name])}"
+                raise InputError(f"report data: {what} (see unweave.report.{kind.__name__})")
+
+    return fields
 
 
 def _word(kind: Any) -> str:

@@ -42,7 +42,9 @@ Means = Mapping[str, Tensor]
 # how many tokens one forward pass over ablated copies may hold; bounds memory, not the result
 TOKENS_AT_ONCE = 16384
 # positions per block of the variance-reduced Fisher estimate
-BLOCK = 8
+BLOCK = 4
+# how far an edge's own ratio of whole to blocked counts against the fit to its port and writer
+OWN_RATIO = 0.3
 
 
 @dataclass(frozen=True, eq=False)
@@ -387,7 +389,7 @@ def _pool(graph: Graph, whole: Tensor, blocked: Tensor, blocked_se: Tensor) -> t
 
     Summing squares over blocks of positions leaves out the products between blocks: far less noise, some
     bias. The ratio of the two is noisy for one edge but smooth over a port's edges and over a writer's, so its
-    logarithm is shrunk half way to an additive fit of port and writer effects. (docs/log.md has the figures.)
+    logarithm is shrunk towards an additive fit of port and writer effects. (docs/log.md has the figures.)
     """
     edges = graph.edge_matrix
     known = edges & (whole > 0) & (blocked > 0)
@@ -397,7 +399,7 @@ def _pool(graph: Graph, whole: Tensor, blocked: Tensor, blocked_se: Tensor) -> t
     for _ in range(20):
         port = ((log_ratio - writer) * weight).sum(1, keepdim=True) / weight.sum(1, keepdim=True).clamp(min=1)
         writer = ((log_ratio - port) * weight).sum(0, keepdim=True) / weight.sum(0, keepdim=True).clamp(min=1)
-    factor = (0.5 * log_ratio + 0.5 * (port + writer)).exp()
+    factor = (OWN_RATIO * log_ratio + (1 - OWN_RATIO) * (port + writer)).exp()
     return blocked * factor, blocked_se * factor
 
 

@@ -6,7 +6,7 @@ import { layOut, neighbour } from "./layout.js";
 import { hideTip, showTip } from "./tip.js";
 import { change, fromSlider, onChange, toSlider, view, writeAddress } from "./view.js";
 
-const WIDEST = 8, ALWAYS_SHOWN = 12, NEAR = 7;
+const WIDEST = 8, ALWAYS_SHOWN = 12, NEAR = 7, HASTY = 1500, REST_MS = 160;
 let plan = null, items = [], hot = null;
 
 // ---- edges as curves ----
@@ -69,7 +69,7 @@ function drawEdges() {
   if (view.node !== null) drawRest(pen);
   // few edges may stand out; many must let each other through
   const density = view.node === null ? Math.min(1, 14 / Math.sqrt(edges.length + 1)) : 1;
-  for (let i = edges.length - 1; i >= 0; i--) {
+  for (let i = Math.min(edges.length, hasty ? HASTY : Infinity) - 1; i >= 0; i--) {
     const share = Math.sqrt(weight(edges[i]) / heaviest);
     pen.globalAlpha = Math.min(0.9, (0.3 + 0.25 * density) * density + 0.75 * share + (view.node === null ? 0 : 0.2));
     pen.lineWidth = widthOf(edges[i]) + (view.node === null ? 0 : 0.5);
@@ -113,11 +113,18 @@ function drawNodes() {
 }
 
 // ---- bringing the picture up to date, at most once a frame ----
-let asked = false;
+let asked = false, hasty = false, rest = 0;
 export function redraw() {
   if (asked) return;
   asked = true;
   requestAnimationFrame(() => { asked = false; update(); });
+}
+// while the slider moves only the strongest edges are drawn; all of them once it rests
+function drag() {
+  hasty = true;
+  clearTimeout(rest);
+  rest = setTimeout(() => { hasty = false; redraw(); }, REST_MS);
+  change({ least: fromSlider(Number($("threshold").value)) });
 }
 function matches() {
   const wanted = view.find.trim().toLowerCase();
@@ -236,7 +243,7 @@ export function startGraph() {
   portButtons();
   widthLegend();
   drawNodes();
-  $("threshold").addEventListener("input", () => change({ least: fromSlider(Number($("threshold").value)) }));
+  $("threshold").addEventListener("input", drag);
   $("threshold").addEventListener("change", writeAddress);
   $("search").addEventListener("input", () => change({ find: $("search").value }));
   $("search").addEventListener("keydown", find);

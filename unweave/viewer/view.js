@@ -12,7 +12,7 @@ export function change(part) {
 // the slider is 0 for every edge, then logarithmic from the lightest edge to the heaviest
 const STEPS = 1000;
 const decades = Math.log(heaviest / floor) || 1;
-export const fromSlider = (step) => (step <= 0 ? 0 : floor * Math.exp((decades * step) / STEPS));
+export const fromSlider = (step) => (step <= 0 ? 0 : Math.min(heaviest, floor * Math.exp((decades * step) / STEPS)));
 export const toSlider = (nats) => (nats <= 0 ? 0 : Math.max(0, Math.min(STEPS, Math.round((STEPS * Math.log(nats / floor)) / decades))));
 
 // at first the strongest edges, about as many as the eye can tell apart

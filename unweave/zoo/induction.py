@@ -7,15 +7,15 @@ Source: Olsson et al. 2022, "In-context Learning and Induction Heads".
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterable, Iterator
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
-from torch import Tensor, nn
+from torch import Tensor
 
-from unweave.zoo.toy import ToyConfig, ToyTransformer
+from unweave.zoo.toy import Block, ToyConfig, ToyTransformer
 
 __all__ = ["CONFIG", "DATA_SIZE", "accuracy", "after_earlier_copy", "batch", "data", "head_scores", "known", "train"]
 
@@ -46,7 +46,7 @@ def batch(n: int, generator: torch.Generator) -> tuple[Int[Tensor, "n pos"], Boo
     length = CONFIG.n_ctx
     words = torch.rand(n, CONFIG.d_vocab - 1, generator=generator).argsort(1) + 1
     words = torch.cat([torch.full((n, 1), BOS), words], dim=1)
-    period = torch.randint(3, 24, (n, 1), generator=generator)
+    period = torch.randint(8, 24, (n, 1), generator=generator)
     start = 1 + (torch.rand(n, 1, generator=generator) * (length - 2 - period)).long()
     pos = torch.arange(length).expand(n, -1)
     source = torch.where(pos < start, pos, (pos - start) % period + start)
@@ -124,7 +124,7 @@ def _named(layer: int, shares: Float[Tensor, " head"]) -> list[str]:
 
 
 def train(seed: int = 0, steps: int = STEPS) -> Iterator[tuple[int, float, ToyTransformer]]:
-    """Train, yielding (step, loss, model) every 100 steps; about two minutes on two cores."""
+    """Train, yielding (step, loss, model) every 100 steps and at the end; about two minutes on two cores."""
     torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(seed)
     model = ToyTransformer(CONFIG)
@@ -143,13 +143,15 @@ def train(seed: int = 0, steps: int = STEPS) -> Iterator[tuple[int, float, ToyTr
         schedule.step()
         if step == int(PRICED[1] * steps):
             clear_idle_heads(model)
-        if step % 100 == 0:
+        if step % 100 == 0 or step == steps:
             yield step, float(loss.detach()), model
 
 
 def price_of_heads(model: ToyTransformer) -> Float[Tensor, ""]:
     """The sum over heads of the square root of |W_V W_O|: least when one head of a kind does the work of several."""
-    return (torch.stack([_writes(block) for block in model.blocks]).square() + 1e-4).pow(0.25).sum()
+    return (
+        (torch.stack([_writes(block) for block in cast(Iterable[Block], model.blocks)]).square() + 1e-4).pow(0.25).sum()
+    )
 
 
 @torch.no_grad()
@@ -158,11 +160,11 @@ def clear_idle_heads(model: ToyTransformer) -> None:
 
     With W_V = W_O = 0 no weight of theirs has a gradient; such a head looks everywhere alike and writes nothing.
     """
-    for block in model.blocks:
+    for block in cast(Iterable[Block], model.blocks):
         writes = _writes(block)
         for name in ("W_Q", "W_K", "W_V", "W_O", "b_Q", "b_K", "b_V"):
             getattr(block, name)[writes < 0.1 * writes.max()] = 0.0
 
 
-def _writes(block: nn.Module) -> Float[Tensor, " head"]:
+def _writes(block: Block) -> Float[Tensor, " head"]:
     return torch.linalg.vector_norm(block.W_V @ block.W_O, dim=(1, 2))

@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -53,7 +53,7 @@ class ToyConfig:
     def __post_init__(self) -> None:
         sizes = (self.n_layers, self.n_heads, self.d_model, self.d_head, self.d_vocab, self.d_out, self.n_ctx)
         if not all(type(n) is int and 0 < n < MAX_SIZE for n in sizes):
-            raise InputError(f"sizes of a toy transformer must be integers from 1 to {MAX_SIZE - 1}, got {self}")
+            raise InputError(f"sizes of a toy transformer must be positive integers below {MAX_SIZE}, got {self}")
         if type(self.d_mlp) is not int or not 0 <= self.d_mlp < MAX_SIZE:
             raise InputError(f"d_mlp must be an integer, 0 for attention only, got {self.d_mlp!r}")
         if self.n_layers > MAX_LAYERS:
@@ -162,7 +162,7 @@ class ToyTransformer(nn.Module):
         x, hidden = self._start(input_ids, attention_mask)
         found = []
         for block in self.blocks:
-            found.append(block.pattern(x, hidden))
+            found.append(cast(Block, block).pattern(x, hidden))
             x = block(x, hidden)
         return found
 

@@ -16,14 +16,15 @@ __all__ = ["main", "train_room"]
 def train_room(name: str, folder: Path, seed: int = 0, steps: int | None = None) -> ToyTransformer:
     """Train, save to ``folder`` with a record of the losses, and return the model."""
     module: Any = room(name)
-    total = steps or module.STEPS
+    total = module.STEPS if steps is None else steps
+    if total < 1:
+        raise InputError(f"{total} steps are too few to train {name}; the default is {module.STEPS}")
     losses: list[tuple[int, float]] = []
     model: ToyTransformer | None = None
     for step, loss, current in track(module.train(seed, total), f"training {name}", total // 100):
         losses.append((step, round(loss, 5)))
         model = current
-    if model is None:
-        raise InputError(f"{total} steps are too few to train {name}: it reports every 100 steps")
+    assert model is not None
     every = max(1, len(losses) // 30)
     record = {"seed": seed, "steps": total, "losses": losses[::every]}
     model.eval().save(folder, known=module.known(model), training=record)

@@ -1,0 +1,114 @@
+"""Write the README's results from benchmarks/results: ``python -m benchmarks.table``."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parent
+README = ROOT.parent / "README.md"
+BEGIN = "<!-- benchmarks: begin (generated from benchmarks/results; do not edit) -->"
+END = "<!-- benchmarks: end -->"
+
+
+def load(name: str) -> dict[str, Any] | None:
+    path = ROOT / "results" / f"{name}.json"
+    return json.loads(path.read_text()) if path.exists() else None
+
+
+def table(head: list[str], rows: list[list[str]]) -> str:
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in rows])
+
+
+def edges() -> str:
+    result = load("edges")
+    if result is None:
+        return ""
+    rows = [
+        [r["method"], f"{r['spearman']:.3f}", f"{r['pearson']:.2f}", f"{r['top50']:.0%}", f"{r['time_ratio']:.2g}x"]
+        for r in result["rows"]
+    ]
+    text = f"All {result['edges']:,} edges of {result['model']} against the measured effect of ablating each alone"
+    return (
+        f"**Edges.** {text} (`{result['command']}`); time against one forward + backward pass of the model:\n\n"
+        + table(["scores", "Spearman", "Pearson", "top 50 found", "time"], rows)
+    )
+
+
+def compression(name: str) -> str:
+    result = load(f"compression-{name}")
+    if result is None:
+        return ""
+    sizes = sorted({r["size"] for r in result["rows"]}, reverse=True)
+    methods = list(dict.fromkeys(r["method"] for r in result["rows"]))
+    cells = {(r["method"], r["size"]): r for r in result["rows"]}
+    rows = []
+    for method in methods:
+        row = [f"**{method}**" if method == "unweave" else method]
+        for key in ("kl_nats", "kl_nats_refined"):
+            row += [f"{cells[method, s][key][0]:.3f}" if key in cells.get((method, s), {}) else "–" for s in sizes]
+        rows.append(row)
+    head = ["method", *(f"{s:.0%}" for s in sizes), *(f"{s:.0%}, refined" for s in sizes)]
+    text = "held-out KL in nats per token at a share of the channels' numbers, without training and after the same 200 steps (– = not run yet)"
+    return f"**Compression of {name}** (`{result['command']}`): {text}:\n\n" + table(head, rows)
+
+
+def scope() -> str:
+    result = load("scope")
+    if result is None:
+        return ""
+    rows = [
+        [r["scope"], f"{r['size']:.1%}", f"{r['kl_nats_held_out'][0]:.4f} ({r['kl_nats_held_out'][1]:.4f}–{r['kl_nats_held_out'][2]:.4f})"]
+        for r in result["rows"]
+    ]
+    text = f"the share of {result['model']}'s numbers needed for {result['target']} nats on calibration data"
+    return f"**Scope** (`{result['command']}`): {text}:\n\n" + table(["explained", "size", "held-out nats"], rows)
+
+
+def speed() -> str:
+    result = load("speed")
+    if result is None:
+        return ""
+    rows = []
+    for name, ratios in result["forward_ratio"].items():
+        rows += [[f"{name}, {what}: forward pass", f"{ratio:.2f}x the model's"] for what, ratio in ratios.items()]
+        pipeline = result["pipeline_ratio"][name]
+        rows.append([f"{name}: capture, means, scores, moments, compression", f"{pipeline:.2f}x one forward + backward over the same data"])
+    memory = ", ".join(f"{mb:.0f} MB at {n}" for n, mb in result["peak_mb"].items())
+    rows.append(["peak memory against sequences (stories260K)", memory])
+    return f"**Speed** (`{result['command']}`):\n\n" + table(["what", "measured"], rows)
+
+
+def exactness() -> str:
+    result = load("exactness")
+    if result is None:
+        return ""
+    worst = {}
+    for row in result["rows"]:
+        share = row["largest"] / row["largest_logit"]
+        if share >= worst.get(row["dtype"], (-1.0,))[0]:
+            worst[row["dtype"]] = (share, row)
+    text = "; ".join(
+        f"{dtype}: at most {row['largest']:.1e} in a logit of up to {row['largest_logit']:.1f} ({row['model']})"
+        for dtype, (_, row) in worst.items()
+    )
+    n = len({row["model"] for row in result["rows"]})
+    return f"**Exactness** (`{result['command']}`): {n} models of 9 families and their options, graph against model. {text}."
+
+
+def render() -> str:
+    parts = [edges(), compression("pylm"), compression("stories260K"), scope(), speed(), exactness()]
+    return "\n\n".join(part for part in parts if part)
+
+
+def main() -> None:
+    text = README.read_text()
+    before, rest = text.split(BEGIN)
+    after = rest.split(END)[1]
+    README.write_text(f"{before}{BEGIN}\n\n{render()}\n\n{END}{after}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,101 @@
+"""The commands as a user types them."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from typer.testing import CliRunner
+
+from unweave.cli import app
+
+runner = CliRunner()
+
+
+def invoke(*args):
+    return runner.invoke(app, [str(a) for a in args])
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("cli") / "graph"
+    result = invoke("decompile", "zoo:induction", "-o", path, "--size", 0.6, "--sequences", 16, "--held-out", 8, "--measure", 3)
+    assert result.exit_code == 0, result.output
+    assert "decompiled graph" in result.output
+    return path
+
+
+def test_decompile_writes_everything(folder):
+    assert sorted(p.name for p in folder.iterdir()) == ["graph.json", "report.html", "results.json", "weights.safetensors"]
+    again = invoke("decompile", "zoo:induction", "-o", folder)
+    assert again.exit_code == 1
+    assert "--overwrite" in again.output
+
+
+def test_show_report_and_run(folder, tmp_path):
+    shown = invoke("show", folder, "--edges", 2)
+    assert shown.exit_code == 0
+    assert "blocks.1.attn.head" in shown.output
+    assert invoke("report", folder, "-o", tmp_path / "r.html").exit_code == 0
+    assert (tmp_path / "r.html").read_text().startswith("<!doctype html>")
+    written = invoke("run", folder, "0 7 3 9 2 7 3 9", "--tokens", 2)
+    assert written.exit_code == 0
+    assert written.output.count("7 3 9 2 7") == 2  # the graph and the original both repeat
+
+
+def test_score(folder, tmp_path):
+    out = tmp_path / "edges.json"
+    assert invoke("score", "zoo:induction", "--sequences", 8, "-o", out).exit_code == 0
+    assert len(json.loads(out.read_text())["edges"]) == 42
+    assert invoke("score", folder, "--sequences", 8, "--top", 3).exit_code == 0
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["decompile", "zoo:nothing"], "closest: "),
+        (["decompile", "zoo:induction", "--size", "2"], "at most 1"),
+        (["decompile", "zoo:induction", "--size", ".5", "--kl-nats", "1"], "one budget"),
+        (["decompile", "./nowhere"], "no such model folder"),
+        (["show", "/tmp"], "not a graph folder"),
+        (["report", "/tmp"], "no results"),
+        (["run", "/tmp", "x"], "not a graph folder"),
+        (["score", "zoo:induction", "--method", "magic"], "unknown method"),
+    ],
+)
+def test_errors_are_one_line(args, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    result = invoke(*args)
+    assert result.exit_code == 1
+    assert message in result.output
+    assert "Traceback" not in result.output
+
+
+def test_debug_shows_the_traceback():
+    result = invoke("--debug", "show", "/tmp")
+    assert result.exception is not None
+    assert type(result.exception).__name__ == "StorageError"
+    invoke("show", "/tmp")
+
+
+def test_ctrl_c_leaves_nothing_behind(tmp_path, monkeypatch):
+    import unweave.pipeline as pipeline
+
+    def interrupt(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(pipeline, "score_edges", interrupt)
+    result = invoke("decompile", "zoo:induction", "-o", tmp_path / "g", "--size", 0.5, "--sequences", 8, "--held-out", 4)
+    assert result.exit_code == 130
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_real_language_model(shared, tmp_path):
+    model, data = shared / "models" / "stories260K", shared / "data" / "stories260K.jsonl"
+    args = ["--data", data, "--size", 0.9, "--sequences", 8, "--held-out", 4, "--context", 48, "--measure", 2, "-o", tmp_path / "g"]
+    result = invoke("decompile", model, *args)
+    assert result.exit_code == 0, result.output
+    written = invoke("run", tmp_path / "g", "Once upon a time", "--tokens", 8)
+    assert written.exit_code == 0
+    assert written.output.count("Once upon a time") == 2
+    assert invoke("decompile", model, "-o", tmp_path / "h").exit_code == 1  # no data
