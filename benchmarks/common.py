@@ -46,7 +46,9 @@ def full_length(data: TokenData) -> TokenData:
 
 def save(name: str, result: dict[str, Any], started: float, command: str) -> None:
     """Write results/NAME.json with what is needed to repeat it."""
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=ROOT, check=False)
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=ROOT, check=False
+    )
     result |= {
         "command": command,
         "commit": commit.stdout.strip(),

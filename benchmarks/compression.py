@@ -39,7 +39,9 @@ def held_out_kl(graph: Graph, other: Graph, data: TokenData) -> tuple[float, flo
     return interval(values)
 
 
-def candidates(graph: Graph, calibration: TokenData, size: float, cache: dict) -> dict[str, tuple[Graph, set[str], int]]:
+def candidates(
+    graph: Graph, calibration: TokenData, size: float, cache: dict
+) -> dict[str, tuple[Graph, set[str], int]]:
     if not cache:
         cache["moments"] = channel_moments(graph, calibration, Scope())
         cache["budgeter"] = Budgeter(graph, cache["moments"])

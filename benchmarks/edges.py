@@ -2,8 +2,9 @@
 
     python -m benchmarks.edges
 
-24 stories of 64 tokens; the effect is the KL after ablating that one edge to its mean. Times are ratios to one
-Hugging Face forward + backward pass over the same tokens in the same batches, means given. Fisher rows are the mean over five seeds, their spread beside it.
+24 stories of 64 tokens; the effect is the KL after ablating that one edge to its mean. Times are ratios to one Hugging
+Face forward + backward pass over the same tokens in the same batches, means given. Fisher rows are means over five
+seeds, with their spread.
 """
 
 from __future__ import annotations
@@ -38,7 +39,9 @@ def main() -> None:
     exact_s = time.perf_counter() - begin
     base = fastest(lambda: forward_backward(original, data))
     truth = exact.nats[edges].numpy()
-    rows = [{"method": "exact, every edge", "spearman": 1.0, "pearson": 1.0, "top50": 1.0, "time_ratio": exact_s / base}]
+    rows = [
+        {"method": "exact, every edge", "spearman": 1.0, "pearson": 1.0, "top50": 1.0, "time_ratio": exact_s / base}
+    ]
 
     def add(name: str, options: dict, seeds: range = SEEDS) -> None:
         results = []

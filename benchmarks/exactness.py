@@ -19,7 +19,7 @@ from unweave.capture import capture, load_model, model_logits
 from unweave.execution import run
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
-from families import CONFIGS, random_model  # noqa: E402
+from families import CONFIGS, random_model
 
 
 def difference(model: torch.nn.Module, vocabulary: int, length: int) -> dict[str, float]:

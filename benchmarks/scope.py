@@ -75,7 +75,9 @@ def main() -> None:
     for name, scope in scopes.items():
         small = needed_size(graph, train.select(slice(0, 128)), scope)
         size = small.n_channel_parameters / graph.n_channel_parameters
-        rows.append({"scope": name, "size": size, "kl_nats_held_out": held_out(graph, small, held.select(slice(0, 128)), scope)})
+        rows.append(
+            {"scope": name, "size": size, "kl_nats_held_out": held_out(graph, small, held.select(slice(0, 128)), scope)}
+        )
         print(rows[-1], flush=True)
     save("scope", {"model": "pylm", "target": TARGET, "rows": rows}, started, "python -m benchmarks.scope")
 

@@ -1,6 +1,6 @@
 """Times as ratios, measured side by side, and memory against the size of the data set.
 
-    python -m benchmarks.speed
+python -m benchmarks.speed
 """
 
 from __future__ import annotations
@@ -28,11 +28,17 @@ def forwards(name: str) -> dict[str, float]:
     original = load_model(SHARED / "models" / name)
     tokens = train.tokens[:16].long()
     means = {w: torch.zeros(1, graph.info["d_model"]) for w in graph.writers}
-    half = graph.possible_edges & (torch.rand(graph.possible_edges.shape, generator=torch.Generator().manual_seed(0)) < 0.5)
+    half = graph.possible_edges & (
+        torch.rand(graph.possible_edges.shape, generator=torch.Generator().manual_seed(0)) < 0.5
+    )
     small = Budgeter(graph, channel_moments(graph, train.select(slice(0, 32)), Scope())).at_size(0.4)
     with torch.no_grad():
         base = fastest(lambda: original(tokens), 15)
-        graphs: dict[str, Graph] = {"uncut": graph, "half of the edges cut": graph.restrict(half, means=means), "compressed to 40%": small}
+        graphs: dict[str, Graph] = {
+            "uncut": graph,
+            "half of the edges cut": graph.restrict(half, means=means),
+            "compressed to 40%": small,
+        }
         return {what: fastest(lambda g=g: run(g, tokens), 15) / base for what, g in graphs.items()}
 
 

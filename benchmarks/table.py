@@ -51,7 +51,8 @@ def compression(name: str) -> str:
             row += [f"{cells[method, s][key][0]:.3f}" if key in cells.get((method, s), {}) else "–" for s in sizes]
         rows.append(row)
     head = ["method", *(f"{s:.0%}" for s in sizes), *(f"{s:.0%}, refined" for s in sizes)]
-    text = "held-out KL in nats per token at a share of the channels' numbers, without training and after the same 200 steps (– = not run yet)"
+    text = "held-out KL in nats per token at a share of the channels' numbers, without training and after the same 200"
+    text += " steps (– = not run yet)"
     return f"**Compression of {name}** (`{result['command']}`): {text}:\n\n" + table(head, rows)
 
 
@@ -60,7 +61,11 @@ def scope() -> str:
     if result is None:
         return ""
     rows = [
-        [r["scope"], f"{r['size']:.1%}", f"{r['kl_nats_held_out'][0]:.4f} ({r['kl_nats_held_out'][1]:.4f}–{r['kl_nats_held_out'][2]:.4f})"]
+        [
+            r["scope"],
+            f"{r['size']:.1%}",
+            f"{r['kl_nats_held_out'][0]:.4f} ({r['kl_nats_held_out'][1]:.4f}–{r['kl_nats_held_out'][2]:.4f})",
+        ]
         for r in result["rows"]
     ]
     text = f"the share of {result['model']}'s numbers needed for {result['target']} nats on calibration data"
@@ -75,7 +80,12 @@ def speed() -> str:
     for name, ratios in result["forward_ratio"].items():
         rows += [[f"{name}, {what}: forward pass", f"{ratio:.2f}x the model's"] for what, ratio in ratios.items()]
         pipeline = result["pipeline_ratio"][name]
-        rows.append([f"{name}: capture, means, scores, moments, compression", f"{pipeline:.2f}x one forward + backward over the same data"])
+        rows.append(
+            [
+                f"{name}: capture, means, scores, moments, compression",
+                f"{pipeline:.2f}x one forward + backward over the same data",
+            ]
+        )
     memory = ", ".join(f"{mb:.0f} MB at {n}" for n, mb in result["peak_mb"].items())
     rows.append(["peak memory against sequences (stories260K)", memory])
     return f"**Speed** (`{result['command']}`):\n\n" + table(["what", "measured"], rows)
@@ -95,7 +105,8 @@ def exactness() -> str:
         for dtype, (_, row) in worst.items()
     )
     n = len({row["model"] for row in result["rows"]})
-    return f"**Exactness** (`{result['command']}`): {n} models of 9 families and their options, graph against model. {text}."
+    head = f"**Exactness** (`{result['command']}`): {n} models of 9 families and their options, graph against model."
+    return f"{head} {text}."
 
 
 def render() -> str:

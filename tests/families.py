@@ -11,7 +11,9 @@ import torch
 import transformers as hf
 from torch import nn
 
-BASE: dict[str, Any] = dict(vocab_size=50, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=64)
+BASE: dict[str, Any] = dict(
+    vocab_size=50, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=64
+)
 LLAMA = BASE | dict(intermediate_size=48, num_key_value_heads=2)
 YARN = dict(rope_type="yarn", rope_theta=1e4, factor=4.0, original_max_position_embeddings=16)
 LLAMA3 = dict(
@@ -41,7 +43,9 @@ CONFIGS: dict[str, Any] = {
     ),
     "gpt_neox": lambda: hf.GPTNeoXConfig(**BASE, intermediate_size=48),
     "gpt_neox-partial": lambda: hf.GPTNeoXConfig(
-        **BASE, intermediate_size=48, rope_parameters=dict(rope_type="default", rope_theta=1e4, partial_rotary_factor=0.25)
+        **BASE,
+        intermediate_size=48,
+        rope_parameters=dict(rope_type="default", rope_theta=1e4, partial_rotary_factor=0.25),
     ),
     "gpt_neox-sequential": lambda: hf.GPTNeoXConfig(**BASE, intermediate_size=48, use_parallel_residual=False),
     "gpt_neo": lambda: hf.GPTNeoConfig(
@@ -56,7 +60,9 @@ CONFIGS: dict[str, Any] = {
     ),
     "llama": lambda: hf.LlamaConfig(**LLAMA),
     "llama-tied-biased": lambda: hf.LlamaConfig(**LLAMA, tie_word_embeddings=True, attention_bias=True, mlp_bias=True),
-    "llama-linear": lambda: hf.LlamaConfig(**LLAMA, rope_parameters=dict(rope_type="linear", rope_theta=1e4, factor=2.0)),
+    "llama-linear": lambda: hf.LlamaConfig(
+        **LLAMA, rope_parameters=dict(rope_type="linear", rope_theta=1e4, factor=2.0)
+    ),
     "llama-dynamic": lambda: hf.LlamaConfig(
         **LLAMA, rope_parameters=dict(rope_type="dynamic", rope_theta=1e4, factor=2.0)
     ),
@@ -69,8 +75,12 @@ CONFIGS: dict[str, Any] = {
     "qwen2": lambda: hf.Qwen2Config(**LLAMA),
     "qwen2-window": lambda: hf.Qwen2Config(**LLAMA, use_sliding_window=True, sliding_window=5, max_window_layers=1),
     "qwen3": lambda: hf.Qwen3Config(**LLAMA, head_dim=16),
-    "gemma2": lambda: hf.Gemma2Config(**GEMMA, query_pre_attn_scalar=20, attn_logit_softcapping=2.0, final_logit_softcapping=3.0),
-    "gemma3": lambda: hf.Gemma3TextConfig(**GEMMA, query_pre_attn_scalar=20, layer_types=["sliding_attention", "full_attention"]),
+    "gemma2": lambda: hf.Gemma2Config(
+        **GEMMA, query_pre_attn_scalar=20, attn_logit_softcapping=2.0, final_logit_softcapping=3.0
+    ),
+    "gemma3": lambda: hf.Gemma3TextConfig(
+        **GEMMA, query_pre_attn_scalar=20, layer_types=["sliding_attention", "full_attention"]
+    ),
 }
 
 

@@ -68,8 +68,7 @@ def naive_run(
 
 def _without_cuts(graph: Graph) -> Graph:
     stages = [
-        Stage(**(_fields(s) | {"ports": tuple(Port(p.name, p.reads, p.norm) for p in s.ports)}))
-        for s in graph.stages
+        Stage(**(_fields(s) | {"ports": tuple(Port(p.name, p.reads, p.norm) for p in s.ports)})) for s in graph.stages
     ]
     return Graph(tuple(stages), graph.info)
 
@@ -90,8 +89,10 @@ def _heard(
 ) -> Tensor:
     """What node i of stage s hears at a port: writer by writer, then biases, then what cut edges left."""
     batch, n_pos = inputs.shape[:2]
-    x, column = torch.zeros(batch, n_pos, 1, dtype=dtype), 0
-    for earlier in graph.stages[slice(*graph.stages[s].visible)]:
+    heard = graph.stages[slice(*graph.stages[s].visible)]
+    assert heard[0].write is not None
+    x, column = torch.zeros(batch, n_pos, heard[0].write.d_out, dtype=dtype), 0
+    for earlier in heard:
         for writer in earlier.nodes:
             if port.edges is None or bool(port.edges[i, column]):
                 x = x + written[writer]
@@ -142,7 +143,11 @@ def _codes(
             yield node, hidden * reads[1] if len(reads) == 2 else hidden, None
         elif kind == "Readout":
             logits = reads[0] * core.scale
-            yield node, logits if core.softcap is None else core.softcap * torch.tanh(logits / core.softcap), None
+            yield (
+                node,
+                logits if core.softcap is None else core.softcap * torch.tanh(logits / core.softcap),
+                None,
+            )
         elif kind == "FloatInput":
             yield node, inputs.to(dtype), None
         else:

@@ -53,7 +53,12 @@ def faithfulness() -> list[dict[str, Any]]:
         for name, baseline, size, kl, loss, top1, recovered in rows
     ]
     unknown = {"value": math.nan, "low": math.nan, "high": math.nan}
-    means = {"name": "every channel at its mean", "baseline": True, "kl_nats": estimate(7.48), "loss_recovered": unknown}
+    means = {
+        "name": "every channel at its mean",
+        "baseline": True,
+        "kl_nats": estimate(7.48),
+        "loss_recovered": unknown,
+    }
     return [*table, {**means, "top1_agreement": estimate(0.024)}]
 
 
@@ -86,7 +91,10 @@ def describe(node: dict[str, Any], rng: random.Random) -> None:
     keys = ["write", *(f"read.{port}" for port in node["ports"])] if channel else []
     node["ranks"] = {key: rng.randint(3, 24) for key in keys}
     node["spectra"] = {key: [0.02 * 0.7**k for k in range(rank)] for key, rank in node["ranks"].items()}
-    node["writes"] = [{"dimension": k, "nats": 0.02 * 0.7**k, "promotes": some(), "suppresses": some()} for k in range(3 if keys else 0)]
+    node["writes"] = [
+        {"dimension": k, "nats": 0.02 * 0.7**k, "promotes": some(), "suppresses": some()}
+        for k in range(3 if keys else 0)
+    ]
     reads = [(port, k) for port in node["ports"] for k in range(2)] if channel else []
     node["reads"] = [{"port": port, "dimension": k, "nats": 0.01 * 0.6**k, "tokens": some()} for port, k in reads]
 
@@ -101,7 +109,17 @@ def edge_list(nodes: list[dict[str, Any]], rng: random.Random, limit: int | None
                     continue
                 near = 1.5 if nodes[src]["kind"] in ("embed", "mlp") and port in ("in", "v") else 0
                 nats = math.exp(rng.gauss(-8 + near, 2.0))
-                edges.append({"src": src, "dst": dst, "port": port, "nats": nats, "se": 0.07 * nats, "measured": False, "kept": True})
+                edges.append(
+                    {
+                        "src": src,
+                        "dst": dst,
+                        "port": port,
+                        "nats": nats,
+                        "se": 0.07 * nats,
+                        "measured": False,
+                        "kept": True,
+                    }
+                )
     edges.sort(key=lambda e: -e["nats"])
     for edge in edges[:50]:
         edge["measured"] = True
@@ -136,7 +154,12 @@ def report_data(n_layers: int = 5, n_heads: int = 8, limit: int | None = None) -
         "rate_distortion": curves(),
         "nodes": nodes,
         "edges": edge_list(nodes, rng, limit),
-        "provenance": {"command": "unweave decompile stories260K --size 0.6", "unweave_version": "0.1.0", "seed": 0, "wall_s": 41.2},
+        "provenance": {
+            "command": "unweave decompile stories260K --size 0.6",
+            "unweave_version": "0.1.0",
+            "seed": 0,
+            "wall_s": 41.2,
+        },
     }
 
 
@@ -146,7 +169,8 @@ def hostile_data() -> dict[str, Any]:
     data["title"] = data["model"]["name"] = " ".join(HOSTILE)
     data["model"]["family"] = data["scope"]["description"] = HOSTILE[0]
     data["worst_tokens"] = [
-        {"context": h * 3, "token": h, "kl_nats": math.nan, "model_prediction": h, "graph_prediction": h} for h in HOSTILE
+        {"context": h * 3, "token": h, "kl_nats": math.nan, "model_prediction": h, "graph_prediction": h}
+        for h in HOSTILE
     ]
     for row, text in zip(data["faithfulness"][1:], HOSTILE, strict=False):
         row["name"] = text

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -68,7 +69,8 @@ OPTIONS: dict[str, Callable[[], Any]] = {
         **NEOX, rope_parameters=dict(rope_type="default", rope_theta=1e4, partial_rotary_factor=1.0)
     ),
     "neox, half heads turned": lambda: hf.GPTNeoXConfig(
-        **NEOX, rope_parameters=dict(rope_type="linear", rope_theta=1e4, partial_rotary_factor=0.5, factor=2.0)
+        **NEOX,
+        rope_parameters=dict(rope_type="linear", rope_theta=1e4, partial_rotary_factor=0.5, factor=2.0),
     ),
     "neox, no attention bias, tied": lambda: hf.GPTNeoXConfig(**NEOX, attention_bias=False, tie_word_embeddings=True),
     "gpt2, unscaled, exact gelu": lambda: hf.GPT2Config(**GPT2, scale_attn_weights=False, activation_function="gelu"),
@@ -161,7 +163,9 @@ def test_options_that_cannot_be_exact_are_refused_by_name():
         capture(from_config(hf.Gemma2Config(**GEMMA, attention_bias=True)))
     model = random_model("llama")
     model.config.rope_parameters = model.config.rope_parameters | {"rope_type": "proportional"}
-    with pytest.raises(UnsupportedModelError, match="llama: rope_type 'proportional' is not supported; supported: default"):
+    with pytest.raises(
+        UnsupportedModelError, match="llama: rope_type 'proportional' is not supported; supported: default"
+    ):
         capture(model)
 
 
@@ -329,7 +333,9 @@ def test_a_config_of_the_wrong_sizes_is_refused(folder):
 def test_missing_weights_are_refused(folder, weights):
     del weights["model.layers.0.mlp.up_proj.weight"]
     save_file(weights, folder / "model.safetensors", {"format": "pt"})
-    with pytest.raises(CorruptFileError, match="lacks 1 weights of the model, such as model.layers.0.mlp.up_proj.weight"):
+    with pytest.raises(
+        CorruptFileError, match="lacks 1 weights of the model, such as model.layers.0.mlp.up_proj.weight"
+    ):
         capture(folder)
 
 
@@ -389,7 +395,7 @@ def test_hub_names_go_to_the_hub_whatever_dots_they_have(name, monkeypatch):
         asked.append(name)
         return random_model("llama")
 
-    monkeypatch.setattr("unweave.capture._load_hugging_face", from_the_hub)
+    monkeypatch.setattr(sys.modules["unweave.capture"], "_load_hugging_face", from_the_hub)
     assert capture(name).info["name"] == name.split("/")[-1]
     assert asked == [name]
 
@@ -445,7 +451,11 @@ def test_sequential_mlps_are_captured_exactly(activation):
     x = torch.randn(3, 2, 4) * 3
     assert torch.allclose(run(graph, x).logits, model.eval()(x), atol=1e-6)
     assert graph.nodes == ("input", "layers.0", "layers.1", "output")
-    assert [str(e) for e in graph.edges] == ["input->layers.0.in", "layers.0->layers.1.in", "layers.1->output.in"]
+    assert [str(e) for e in graph.edges] == [
+        "input->layers.0.in",
+        "layers.0->layers.1.in",
+        "layers.1->output.in",
+    ]
     assert graph.n_parameters == sum(p.numel() for p in model.parameters())
 
 
@@ -464,10 +474,22 @@ def test_a_single_layer_and_a_flattened_input_are_captured():
         ([nn.Dropout()], "holds no Linear layer"),
         ([nn.Linear(2, 2), nn.ReLU()], "ends with relu; end it with a Linear layer"),
         ([nn.ReLU(), nn.Linear(2, 2)], "holds a ReLU that cannot be captured there"),
-        ([nn.Linear(2, 2), nn.ReLU(), nn.Tanh(), nn.Linear(2, 2)], "holds a Tanh that cannot be captured there"),
-        ([nn.Linear(2, 2), nn.BatchNorm1d(2), nn.Linear(2, 2)], "holds a BatchNorm1d that cannot be captured there"),
-        ([nn.Conv1d(1, 1, 1)], "holds a Conv1d that cannot be captured there; supported: Linear, GELU, LeakyReLU"),
-        ([nn.Linear(2, 2), nn.LeakyReLU(0.2), nn.Linear(2, 2)], "LeakyReLU with slope 0.2 is not supported; only 0.01"),
+        (
+            [nn.Linear(2, 2), nn.ReLU(), nn.Tanh(), nn.Linear(2, 2)],
+            "holds a Tanh that cannot be captured there",
+        ),
+        (
+            [nn.Linear(2, 2), nn.BatchNorm1d(2), nn.Linear(2, 2)],
+            "holds a BatchNorm1d that cannot be captured there",
+        ),
+        (
+            [nn.Conv1d(1, 1, 1)],
+            "holds a Conv1d that cannot be captured there; supported: Linear, GELU, LeakyReLU",
+        ),
+        (
+            [nn.Linear(2, 2), nn.LeakyReLU(0.2), nn.Linear(2, 2)],
+            "LeakyReLU with slope 0.2 is not supported; only 0.01",
+        ),
     ],
 )
 def test_sequential_models_that_cannot_be_captured_are_refused(layers, message):

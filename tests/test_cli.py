@@ -19,14 +19,21 @@ def invoke(*args):
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     path = tmp_path_factory.mktemp("cli") / "graph"
-    result = invoke("decompile", "zoo:induction", "-o", path, "--size", 0.6, "--sequences", 16, "--held-out", 8, "--measure", 3)
+    result = invoke(
+        "decompile", "zoo:induction", "-o", path, "--size", 0.6, "--sequences", 16, "--held-out", 8, "--measure", 3
+    )
     assert result.exit_code == 0, result.output
     assert "decompiled graph" in result.output
     return path
 
 
 def test_decompile_writes_everything(folder):
-    assert sorted(p.name for p in folder.iterdir()) == ["graph.json", "report.html", "results.json", "weights.safetensors"]
+    assert sorted(p.name for p in folder.iterdir()) == [
+        "graph.json",
+        "report.html",
+        "results.json",
+        "weights.safetensors",
+    ]
     again = invoke("decompile", "zoo:induction", "-o", folder)
     assert again.exit_code == 1
     assert "--overwrite" in again.output
@@ -85,14 +92,31 @@ def test_ctrl_c_leaves_nothing_behind(tmp_path, monkeypatch):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(pipeline, "score_edges", interrupt)
-    result = invoke("decompile", "zoo:induction", "-o", tmp_path / "g", "--size", 0.5, "--sequences", 8, "--held-out", 4)
+    result = invoke(
+        "decompile", "zoo:induction", "-o", tmp_path / "g", "--size", 0.5, "--sequences", 8, "--held-out", 4
+    )
     assert result.exit_code == 130
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_real_language_model(shared, tmp_path):
     model, data = shared / "models" / "stories260K", shared / "data" / "stories260K.jsonl"
-    args = ["--data", data, "--size", 0.9, "--sequences", 8, "--held-out", 4, "--context", 48, "--measure", 2, "-o", tmp_path / "g"]
+    args = [
+        "--data",
+        data,
+        "--size",
+        0.9,
+        "--sequences",
+        8,
+        "--held-out",
+        4,
+        "--context",
+        48,
+        "--measure",
+        2,
+        "-o",
+        tmp_path / "g",
+    ]
     result = invoke("decompile", model, *args)
     assert result.exit_code == 0, result.output
     written = invoke("run", tmp_path / "g", "Once upon a time", "--tokens", 8)

@@ -42,7 +42,9 @@ def test_the_spectrum_is_the_best_low_rank_matrix_in_its_metric():
         best = seen.left[:, :r] @ seen.right[:r]
         assert torch.allclose(cost(best), seen.nats[r:].sum(), rtol=1e-4)
         for _ in range(20):
-            nudged = (seen.left[:, :r] + 0.02 * torch.randn(5, r).double()) @ (seen.right[:r] + 0.02 * torch.randn(r, 7).double())
+            nudged = (seen.left[:, :r] + 0.02 * torch.randn(5, r).double()) @ (
+                seen.right[:r] + 0.02 * torch.randn(r, 7).double()
+            )
             assert cost(nudged) >= cost(best) - 1e-9
 
 
@@ -136,7 +138,10 @@ def test_budgets_are_kept_and_the_graph_still_runs_everywhere(name, size, tmp_pa
 def test_smaller_is_further_and_we_beat_the_baselines_on_the_zoo(induction, induction_data):
     data, scope = induction_data, Scope("answered")
     moments = channel_moments(induction, data, scope)
-    far = [mean_divergence(induction, unweave.compress(induction, data, scope, size=s, moments=moments), data, scope) for s in (0.8, 0.5, 0.35)]
+    far = [
+        mean_divergence(induction, unweave.compress(induction, data, scope, size=s, moments=moments), data, scope)
+        for s in (0.8, 0.5, 0.35)
+    ]
     assert far == sorted(far)
     rows = fisher_rows(induction, data)
     rivals = [

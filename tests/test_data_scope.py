@@ -12,7 +12,14 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 
 from unweave.data import Batch, TokenData, from_tensor, load_data
-from unweave.errors import CorruptFileError, EmptyDataError, InputError, MissingExtraError, StorageError, UnknownNameError
+from unweave.errors import (
+    CorruptFileError,
+    EmptyDataError,
+    InputError,
+    MissingExtraError,
+    StorageError,
+    UnknownNameError,
+)
 from unweave.scope import Quotient, Scope, divergence, fisher_cotangent, loss, metric, position_mask
 
 
@@ -167,7 +174,10 @@ def test_logit_differences_need_sound_labels():
 def test_cotangents_have_the_fishers_covariance(quotient, monkeypatch):
     """Enumerated, not sampled: all sign vectors for one kind, all labels for the other."""
     scope = Scope(quotient=quotient)
-    logits, batch = torch.randn(1, 1, 3), Batch(torch.zeros(1, 1, dtype=torch.long), torch.ones(1, 1, dtype=torch.bool), {}, torch.arange(1))
+    logits, batch = (
+        torch.randn(1, 1, 3),
+        Batch(torch.zeros(1, 1, dtype=torch.long), torch.ones(1, 1, dtype=torch.bool), {}, torch.arange(1)),
+    )
     p = logits[0, 0].softmax(-1)
     classes = torch.arange(3) if quotient is None else quotient.classes
     n = int(classes.max()) + 1

@@ -82,7 +82,9 @@ def test_an_edge_is_parsed_as_it_prints(graph):
         assert Edge.parse(str(edge)) == edge
 
 
-@pytest.mark.parametrize("text", ["", "embed", "embed->", "->a.b", "embed->unembed", "embed->.in", "embed->mlp.", "a.b"])
+@pytest.mark.parametrize(
+    "text", ["", "embed", "embed->", "->a.b", "embed->unembed", "embed->.in", "embed->mlp.", "a.b"]
+)
 def test_what_is_not_an_edge_is_refused(text):
     with pytest.raises(InputError, match="an edge is written 'source->node.port'"):
         Edge.parse(text)
@@ -177,7 +179,10 @@ def test_the_constant_left_behind_is_the_mean_of_what_was_cut(graph, means):
         ({"means": 1}, r"the mean of embed must be \[1, 32\] or \[pos, 32\], got \(32,\)"),
         ({"means": (1, 31)}, r"the mean of embed must be \[1, 32\] or \[pos, 32\], got \(1, 31\)"),
         ({"means": (2, 1, 32)}, r"the mean of embed must be .* got \(2, 1, 32\)"),
-        ({"keep": torch.ones(3, 3, dtype=torch.bool)}, r"keep must be \(27, 11\) \(ports x writers\), got \(3, 3\)"),
+        (
+            {"keep": torch.ones(3, 3, dtype=torch.bool)},
+            r"keep must be \(27, 11\) \(ports x writers\), got \(3, 3\)",
+        ),
         ({"keep": torch.ones(27, 11)}, "keep must be a boolean matrix"),
         ({"keep": torch.ones(27, 11, dtype=torch.long)}, "keep must be a boolean matrix"),
     ],
@@ -230,7 +235,15 @@ def test_quotient_names_the_module_of_each_node(graph):
 
 def test_nothing_in_a_graph_can_be_assigned(graph):
     stage = graph.stages[1]
-    for thing in (graph, stage, stage.ports[0], stage.ports[0].reads[0], stage.core, stage.write, graph.edges[0]):
+    for thing in (
+        graph,
+        stage,
+        stage.ports[0],
+        stage.ports[0].reads[0],
+        stage.core,
+        stage.write,
+        graph.edges[0],
+    ):
         name = dataclasses.fields(thing)[0].name
         with pytest.raises(dataclasses.FrozenInstanceError):
             setattr(thing, name, None)
@@ -248,7 +261,7 @@ def test_verbs_leave_the_graph_as_it_was(graph, means):
 
 
 def test_graphs_are_compared_by_identity(graph):
-    assert graph == graph  # noqa: PLR0124
+    assert graph == graph
     assert graph != dataclasses.replace(graph)
     assert len({graph, dataclasses.replace(graph)}) == 2
 
@@ -361,12 +374,21 @@ BROKEN: dict[str, tuple[Callable[[tuple[Stage, ...]], tuple[Stage, ...]], str]] 
     "sees itself": (changed(2, visible=(0, 3)), r"stage 2 \(blocks.0.mlp\): sees stages 0..3"),
     "sees backwards": (changed(2, visible=(2, 1)), r"stage 2 \(blocks.0.mlp\): sees stages 2..1"),
     "sees before the start": (changed(2, visible=(-1, 1)), r"stage 2 \(blocks.0.mlp\): sees stages -1..1"),
-    "ports that hear nothing": (changed(1, visible=(0, 0)), r"stage 1 \(blocks.0.attn.head.0\): must have ports"),
+    "ports that hear nothing": (
+        changed(1, visible=(0, 0)),
+        r"stage 1 \(blocks.0.attn.head.0\): must have ports",
+    ),
     "hears without ports": (changed(2, ports=()), r"stage 2 \(blocks.0.mlp\): must have ports exactly if"),
     "a code width missing": (changed(1, code_widths=(16, 16)), r"stage 1 .*: needs one code width per node"),
-    "codes that do not fit": (changed(1, code_widths=(8, 8, 8, 7)), r"stage 1 .*: its write map does not fit"),
+    "codes that do not fit": (
+        changed(1, code_widths=(8, 8, 8, 7)),
+        r"stage 1 .*: its write map does not fit",
+    ),
     "two outputs": (changed(2, write=None), r"stage 2 \(blocks.0.mlp\): writes nothing but is not the last"),
-    "streams of two widths": (changed(2, write=Dense(torch.zeros(31, 48))), r"stage 3 .*different widths \[31, 32\]"),
+    "streams of two widths": (
+        changed(2, write=Dense(torch.zeros(31, 48))),
+        r"stage 3 .*different widths \[31, 32\]",
+    ),
     "a read of another stream": (
         lambda s: changed_port(1, reads=read_of(s, map=Dense(torch.zeros(32, 31))))(s),
         r"stage 1 \(blocks.0.attn.head.0\): port q reads 31 dimensions of a stream of 32",
@@ -383,8 +405,14 @@ BROKEN: dict[str, tuple[Callable[[tuple[Stage, ...]], tuple[Stage, ...]], str]] 
         changed_port(1, edges=torch.ones(4, 2, dtype=torch.bool)),
         r"stage 1 .*: port q: the edge table has a wrong shape",
     ),
-    "an offset of another width": (changed_port(1, offset=torch.zeros(4, 1, 31)), r"port q: a wrong offset shape"),
-    "an offset for other nodes": (changed_port(1, offset=torch.zeros(3, 1, 32)), r"port q: a wrong offset shape"),
+    "an offset of another width": (
+        changed_port(1, offset=torch.zeros(4, 1, 31)),
+        r"port q: a wrong offset shape",
+    ),
+    "an offset for other nodes": (
+        changed_port(1, offset=torch.zeros(3, 1, 32)),
+        r"port q: a wrong offset shape",
+    ),
 }
 
 

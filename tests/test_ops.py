@@ -14,8 +14,24 @@ from torch import Tensor
 
 from unweave.capture import capture
 from unweave.errors import InputError
-from unweave.ops import ACTIVATIONS, Activation, Attention, Context, Dense, FloatInput, Identity, LayerNorm
-from unweave.ops import LinearMap, Lookup, LowRank, Pivoted, Readout, RMSNorm, Rotary, Stacked
+from unweave.ops import (
+    ACTIVATIONS,
+    Activation,
+    Attention,
+    Context,
+    Dense,
+    FloatInput,
+    Identity,
+    LayerNorm,
+    LinearMap,
+    Lookup,
+    LowRank,
+    Pivoted,
+    Readout,
+    RMSNorm,
+    Rotary,
+    Stacked,
+)
 
 
 def rand(*shape: int) -> Tensor:
@@ -42,7 +58,10 @@ LINEAR_MAPS = {
     "pivoted": (lambda: pivoted(), 3 * 4),
     "pivoted-full": (lambda: pivoted(7), 0),
     "low-rank-pivoted": (lambda: LowRank(rand(5, 3), pivoted()), 15 + 12),
-    "stacked": (lambda: Stacked((Dense(rand(2, 7)), pivoted(), LowRank(rand(4, 1), Dense(rand(1, 7))))), 14 + 12 + 11),
+    "stacked": (
+        lambda: Stacked((Dense(rand(2, 7)), pivoted(), LowRank(rand(4, 1), Dense(rand(1, 7))))),
+        14 + 12 + 11,
+    ),
 }
 
 

@@ -29,7 +29,10 @@ def test_the_table_is_plain_arithmetic(induction, induction_data):
     assert row.top1_agreement.value == pytest.approx(float((a.argmax(-1) == b.argmax(-1)).float().mean()))
     cross, real = loss(b, batch)
     assert row.loss_nats.value == pytest.approx(float(cross.sum() / real.sum()), rel=1e-5)
-    floor, best = (loss(run(g, batch.inputs).logits, batch)[0].sum() / real.sum() for g in (mean_ablated(induction, means), induction))
+    floor, best = (
+        loss(run(g, batch.inputs).logits, batch)[0].sum() / real.sum()
+        for g in (mean_ablated(induction, means), induction)
+    )
     recovered = (floor - row.loss_nats.value) / (floor - best)
     assert row.loss_recovered.value == pytest.approx(float(recovered), rel=1e-4)
     nats, sequence, pos, context, model_says, graph_says = row.worst[0]
@@ -71,7 +74,9 @@ def test_an_output_quotient_needs_less(induction, induction_data):
     fine, coarse = Scope("answered"), Scope("answered", classes)
     full, narrow = (unweave.compress(induction, induction_data, s, size=0.35) for s in (fine, coarse))
     results = evaluate({"full": full, "narrow": narrow}, induction, induction_data, coarse)
-    assert results["full"].kl_nats.value < evaluate({"full": full}, induction, induction_data, fine)["full"].kl_nats.value
+    assert (
+        results["full"].kl_nats.value < evaluate({"full": full}, induction, induction_data, fine)["full"].kl_nats.value
+    )
     assert np.isfinite(results["narrow"].kl_nats.value)
 
 

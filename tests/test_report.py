@@ -132,7 +132,11 @@ def set_in(data: dict[str, Any], path: list[Any], value: Any) -> None:
         (["edges", 2, "nats"], np.float32(1), r"edges\[2\].nats holds a float32"),
         (["nodes", 1, "kind"], "neuron", r"nodes\[1\].kind must be 'embed' or 'attn'"),
         (["nodes", 1, "ranks"], {"write": 1.5}, r"nodes\[1\].ranks\['write'\] must be a whole number"),
-        (["nodes", 1, "writes", 0, "promotes"], [["a"]], r"promotes\[0\] must be a list of 2: a string, a number or None"),
+        (
+            ["nodes", 1, "writes", 0, "promotes"],
+            [["a"]],
+            r"promotes\[0\] must be a list of 2: a string, a number or None",
+        ),
         (["nodes", 1, "writes", 0, "promotes"], [[1, "a"]], r"promotes\[0\]\[0\] must be a string"),
         (["rate_distortion", 0, "points", 0, "size"], None, r"points\[0\].size must be a number, got NoneType"),
         (["faithfulness", 0, "baseline"], 0, r"faithfulness\[0\].baseline must be true or false"),
@@ -182,7 +186,9 @@ def elements() -> list[tuple[str, dict[str, str | None]]]:
 
 
 @settings(max_examples=40, deadline=None)
-@given(text=st.text() | st.text(st.sampled_from("<>!-/scriptSCRIPT&;\"'%ADT\u2028\ud800\x00\n")) | st.sampled_from(HOSTILE))
+@given(
+    text=st.text() | st.text(st.sampled_from("<>!-/scriptSCRIPT&;\"'%ADT\u2028\ud800\x00\n")) | st.sampled_from(HOSTILE)
+)
 def test_no_string_makes_an_element(elements: list[tuple[str, dict[str, str | None]]], text: str) -> None:
     data = report_data(1, 1)
     data |= {"title": text, "provenance": {text: text}}

@@ -84,7 +84,9 @@ def test_hostile_strings_stay_text(open_page: Open) -> None:
     page = open_page("hostile")
     settle(page)
     for i in range(page.locator(".node").count()):
-        page.evaluate("(i) => document.querySelectorAll('.node')[i].dispatchEvent(new MouseEvent('click', {bubbles: true}))", i)
+        page.evaluate(
+            "(i) => document.querySelectorAll('.node')[i].dispatchEvent(new MouseEvent('click', {bubbles: true}))", i
+        )
         page.locator(".node").nth(i).hover(force=True)
         settle(page)
     assert page.locator("img, iframe, svg [onload], [onerror], object, embed").count() == 0
@@ -110,8 +112,12 @@ def test_the_recorder_of_surprises_would_notice(chromium: Any, pages: dict[str, 
     page.on("requestfailed", lambda r: seen.append(r.url))
     page.goto(pages["real"].as_uri())
     page.wait_for_selector("html[data-ready]", state="attached")
-    refused = page.evaluate("() => { try { document.body.innerHTML = '<b>x</b>'; return false } catch (e) { return true } }")
-    page.evaluate("() => { const s = document.createElement('img'); s.src = 'https://example.invalid/x.png'; document.body.append(s) }")
+    refused = page.evaluate(
+        "() => { try { document.body.innerHTML = '<b>x</b>'; return false } catch (e) { return true } }"
+    )
+    page.evaluate(
+        "() => { const s = document.createElement('img'); s.src = 'https://example.invalid/x.png'; document.body.append(s) }"
+    )
     page.wait_for_timeout(200)
     page.close()
     assert refused  # the page's own policy, beside our care
@@ -121,7 +127,24 @@ def test_the_recorder_of_surprises_would_notice(chromium: Any, pages: dict[str, 
 def test_white_space_in_tokens_is_seen(open_page: Open) -> None:
     page = open_page("real")
     tokens = set(page.locator("#worst .tok").all_inner_texts())
-    assert tokens <= {"Once", "␣upon", "␣a", "␣time", ",", "␣Lily", "␣ran", "⏎", "␣the", "dog", "␣to", "⇥", "␣and", ".", "␣“", "é"}
+    assert tokens <= {
+        "Once",
+        "␣upon",
+        "␣a",
+        "␣time",
+        ",",
+        "␣Lily",
+        "␣ran",
+        "⏎",
+        "␣the",
+        "dog",
+        "␣to",
+        "⇥",
+        "␣and",
+        ".",
+        "␣“",
+        "é",
+    }
     assert {"⏎", "␣Lily"} <= tokens
 
 
@@ -163,7 +186,9 @@ def test_the_edge_table_filters_and_sorts(open_page: Open) -> None:
     assert rows.count() == 200
     page.fill("#edge-filter", "blocks.1.mlp head .k")
     full = [f"{data['nodes'][e['src']]['name']} {data['nodes'][e['dst']]['name']} .{e['port']}" for e in data["edges"]]
-    wanted = [e for e, text in zip(data["edges"], full, strict=True) if all(w in text for w in ("blocks.1.mlp", "head", ".k"))]
+    wanted = [
+        e for e, text in zip(data["edges"], full, strict=True) if all(w in text for w in ("blocks.1.mlp", "head", ".k"))
+    ]
     assert 0 < len(wanted) < 200
     assert rows.count() == len(wanted)
     assert page.inner_text("#edge-count") == f"{len(wanted)} edges"
@@ -199,7 +224,9 @@ def test_the_curve_shows_points_intervals_and_figures_on_hover(open_page: Open) 
     page.locator("#rate").scroll_into_view_if_needed()
     box = page.locator(".plot .line:not(.baseline) .curve").first.bounding_box()
     page.mouse.move(box["x"] + 1, box["y"] + 1)
-    assert page.inner_text("#tip").startswith("unweave\n30.0% stored: 0.615 nats per token\n95% interval 0.553 to 0.688")
+    assert page.inner_text("#tip").startswith(
+        "unweave\n30.0% stored: 0.615 nats per token\n95% interval 0.553 to 0.688"
+    )
 
 
 # ---- the graph ------------------------------------------------------------------------------------------
@@ -212,7 +239,10 @@ def test_the_threshold_filters_by_nats(open_page: Open) -> None:
     drawn = ink(page)
     seen = []
     for step in (0, 250, 500, 750, 1000):
-        page.evaluate("(s) => { const t = document.getElementById('threshold'); t.value = s; t.dispatchEvent(new Event('input')) }", step)
+        page.evaluate(
+            "(s) => { const t = document.getElementById('threshold'); t.value = s; t.dispatchEvent(new Event('input')) }",
+            step,
+        )
         seen.append(int(shown(page).split()[0].replace(",", "")))
     assert seen[0] == 2461
     assert seen == sorted(seen, reverse=True)
@@ -222,7 +252,9 @@ def test_the_threshold_filters_by_nats(open_page: Open) -> None:
 
 def test_all_edges_are_drawn_once_the_slider_rests(open_page: Open) -> None:
     page, still = open_page("real"), open_page("real", "#min=0")
-    page.evaluate("() => { const t = document.getElementById('threshold'); t.value = 0; t.dispatchEvent(new Event('input')) }")
+    page.evaluate(
+        "() => { const t = document.getElementById('threshold'); t.value = 0; t.dispatchEvent(new Event('input')) }"
+    )
     page.wait_for_timeout(600)
     assert shown(page) == shown(still)
     assert ink(page) == ink(still) > 0
@@ -257,8 +289,12 @@ def test_a_click_opens_the_panel_with_the_nodes_own_figures(open_page: Open) -> 
     edges_in = [e for e in data["edges"] if e["dst"] == i]
     listed = panel.locator("section", has_text="Edges in").locator("li button").all_inner_texts()
     assert listed == [data["nodes"][e["src"]]["name"] for e in edges_in[:8]]
-    written = panel.locator("section", has_text="What its writing").locator("li").first.locator(".tok").all_inner_texts()
-    assert written[0] == data["nodes"][i]["writes"][0]["promotes"][0][0].replace(" ", "␣").replace("\n", "⏎").replace("\t", "⇥")
+    written = (
+        panel.locator("section", has_text="What its writing").locator("li").first.locator(".tok").all_inner_texts()
+    )
+    assert written[0] == data["nodes"][i]["writes"][0]["promotes"][0][0].replace(" ", "␣").replace("\n", "⏎").replace(
+        "\t", "⇥"
+    )
     own = [e for e in data["edges"] if i in (e["src"], e["dst"])]
     assert 12 <= int(shown(page).split()[0]) <= len(own)
     assert f"edges of {name}" in shown(page)
@@ -305,7 +341,9 @@ def test_nodes_are_reached_by_tab_and_opened_by_enter(open_page: Open) -> None:
 
 def test_the_permalink_restores_node_and_threshold(open_page: Open) -> None:
     page = open_page("real")
-    page.evaluate("() => { const t = document.getElementById('threshold'); t.value = 700; for (const e of ['input', 'change']) t.dispatchEvent(new Event(e)) }")
+    page.evaluate(
+        "() => { const t = document.getElementById('threshold'); t.value = 700; for (const e of ['input', 'change']) t.dispatchEvent(new Event(e)) }"
+    )
     page.get_by_role("button", name="blocks.3.mlp", exact=True).first.click()
     link, text, least = page.url, shown(page), page.inner_text("#threshold-text")
     assert "#node=blocks.3.mlp&min=" in link
@@ -406,9 +444,13 @@ def test_everything_has_a_name_for_those_who_cannot_see(open_page: Open) -> None
         !(e.textContent.trim() || e.getAttribute('aria-label') || e.getAttribute('aria-labelledby') || e.labels?.[0]?.textContent.trim()))
         .map((e) => e.outerHTML.slice(0, 80))""")
     assert nameless == []
-    assert page.evaluate("[...document.querySelectorAll('table')].every((t) => t.caption && t.querySelectorAll('thead th[scope=col]').length)")
+    assert page.evaluate(
+        "[...document.querySelectorAll('table')].every((t) => t.caption && t.querySelectorAll('thead th[scope=col]').length)"
+    )
     assert page.locator(".plot title").text_content() == "Rate and distortion"
-    assert page.evaluate("[...document.querySelectorAll('[id]')].length === new Set([...document.querySelectorAll('[id]')].map((e) => e.id)).size")
+    assert page.evaluate(
+        "[...document.querySelectorAll('[id]')].length === new Set([...document.querySelectorAll('[id]')].map((e) => e.id)).size"
+    )
 
 
 def test_it_fits_a_narrow_screen(open_page: Open) -> None:

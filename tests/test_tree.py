@@ -38,7 +38,12 @@ def boxes() -> tuple[TreeTestBox, Tensor, Tensor]:
 def test_leaves_come_in_order_and_ties_as_often_as_they_are_used():
     root, a, b = boxes()
     found = list(tree.leaves(root))
-    assert [path for path, _ in found] == ["weight", "inner.0.weight", "inner.0.inner.0", "inner.1.key.weight"]
+    assert [path for path, _ in found] == [
+        "weight",
+        "inner.0.weight",
+        "inner.0.inner.0",
+        "inner.1.key.weight",
+    ]
     assert [t is a for _, t in found] == [True, False, True, False]
     assert list(tree.tensors(root)) == ["weight", "inner.0.weight", "inner.1.key.weight"]
     assert tree.tensors(root)["inner.0.weight"] is b
@@ -103,9 +108,7 @@ def test_pack_and_unpack_through_json_give_the_same_tree():
 
 values = st.recursive(
     st.none() | st.booleans() | st.integers(-9, 9) | st.text(max_size=3) | st.just(torch.ones(1)),
-    lambda inner: (
-        st.lists(inner, max_size=3).map(tuple) | st.dictionaries(st.text(max_size=3), inner, max_size=3)
-    ),
+    lambda inner: st.lists(inner, max_size=3).map(tuple) | st.dictionaries(st.text(max_size=3), inner, max_size=3),
     max_leaves=12,
 )
 

@@ -85,16 +85,20 @@ def _family_of(model: nn.Module) -> Any:
     if type(model) is nn.Sequential:
         return capture_sequential
     model_type = getattr(getattr(model, "config", None), "model_type", None)
-    if model_type not in HUGGING_FACE:
+    if not isinstance(model_type, str) or model_type not in HUGGING_FACE:
         what = f"the family {model_type!r}" if model_type else f"a {type(model).__name__}"
         raise UnsupportedModelError(
             f"{what} is not supported; supported: {', '.join(sorted(HUGGING_FACE))}, nn.Sequential MLPs, toy and tracr "
             "models. A family is one function of about 80 lines: see unweave/architectures/llama.py and CONTRIBUTING.md"
         )
     if not hasattr(model, "lm_head") and not callable(getattr(model, "get_output_embeddings", None)):
-        raise UnsupportedModelError(f"{type(model).__name__} has no language-model head; load it with AutoModelForCausalLM")
+        raise UnsupportedModelError(
+            f"{type(model).__name__} has no language-model head; load it with AutoModelForCausalLM"
+        )
     if model.get_output_embeddings() is None:  # type: ignore[operator]
-        raise UnsupportedModelError(f"{type(model).__name__} has no language-model head; load it with AutoModelForCausalLM")
+        raise UnsupportedModelError(
+            f"{type(model).__name__} has no language-model head; load it with AutoModelForCausalLM"
+        )
     return HUGGING_FACE[model_type]
 
 
@@ -105,7 +109,7 @@ def _check_finite(graph: Graph) -> None:
             bad = int((~torch.isfinite(tensor)).sum())
             raise NonFiniteError(
                 f"{bad} of {tensor.numel()} weights of {stage.nodes[0]} ({name.partition('.')[2]}, shape "
-                f"{tuple(tensor.shape)}) are NaN or infinite; the checkpoint is broken or was saved after a diverged step"
+                f"{tuple(tensor.shape)}) are NaN or infinite; the checkpoint is broken or was saved after it diverged"
             )
 
 
@@ -121,15 +125,16 @@ def model_logits(model: nn.Module, inputs: Tensor, mask: Tensor | None = None) -
 def _check_equal(graph: Graph, model: nn.Module) -> None:
     generator = torch.Generator().manual_seed(0)
     if "d_input" in graph.info:
-        inputs = torch.randn(2, 1, graph.info["d_input"], generator=generator).to(graph.device)
+        inputs = torch.randn(2, 1, graph.info["d_input"], generator=generator).to(graph.tensors[0])
     else:
         length = min(16, graph.info["n_ctx"])
         inputs = torch.randint(graph.info["d_vocab"], (2, length), generator=generator).to(graph.device)
-    training = model.training
+    modes = [(module, module.training) for module in model.modules()]
     model.eval()
     with torch.no_grad():
         truth, ours = model_logits(model, inputs), run(graph, inputs).logits
-    model.train(training)
+    for module, training in modes:
+        module.training = training
     difference = float((truth.float() - ours.float()).abs().max())
     allowed = TOLERANCE.get(truth.dtype, 1e-4) * max(1.0, float(truth.float().abs().max()))
     if not difference <= allowed:
@@ -150,8 +155,12 @@ def load_model(name: str | Path) -> nn.Module:
     if text.startswith("zoo:"):
         return zoo.load(text.removeprefix("zoo:")).eval()
     folder = Path(name)
-    if not folder.is_dir() and (folder.exists() or folder.suffix in FILE_SUFFIXES or text.startswith((".", "/", "~")) or text.count("/") > 1):
-        raise StorageError(f"{text}: no such model folder; give a folder in Hugging Face format, a hub name or zoo:NAME")
+    if not folder.is_dir() and (
+        folder.exists() or folder.suffix in FILE_SUFFIXES or text.startswith((".", "/", "~")) or text.count("/") > 1
+    ):
+        raise StorageError(
+            f"{text}: no such model folder; give a folder in Hugging Face format, a hub name or zoo:NAME"
+        )
     if folder.is_dir():
         config = _read_config(folder)
         if "true_edges" in config or "residual_labels" in config:
@@ -159,7 +168,7 @@ def load_model(name: str | Path) -> nn.Module:
         model_type = config.get("model_type")
         if model_type == "unweave-toy":
             return ToyTransformer.load(folder).eval()
-        if model_type not in HUGGING_FACE:
+        if not isinstance(model_type, str) or model_type not in HUGGING_FACE:
             raise UnsupportedModelError(
                 f"{text}: the family {model_type!r} is not supported; supported: {', '.join(sorted(HUGGING_FACE))}. "
                 "To add it, see CONTRIBUTING.md"
@@ -199,7 +208,9 @@ def _load_hugging_face(name: str) -> nn.Module:
     model, report = loaded
     missing = sorted(report.get("missing_keys", []))
     if missing:
-        raise CorruptFileError(f"{name}: the checkpoint lacks {len(missing)} weights of the model, such as {missing[0]}")
+        raise CorruptFileError(
+            f"{name}: the checkpoint lacks {len(missing)} weights of the model, such as {missing[0]}"
+        )
     return model.eval()
 
 

@@ -92,6 +92,5 @@ class MissingExtraError(UnweaveError, ImportError):
 
     def __init__(self, package: str, extra: str, purpose: str) -> None:
         super().__init__(
-            f"{purpose} needs the package {package!r}, which is not installed; "
-            f"run: pip install 'unweave[{extra}]'"
+            f"{purpose} needs the package {package!r}, which is not installed; run: pip install 'unweave[{extra}]'"
         )

@@ -134,13 +134,9 @@ def plan_of(graph: Graph) -> Plan:
 
 @torch.inference_mode(False)
 def _make_plan(graph: Graph) -> Plan:
-    ports = [
-        tuple(_plan_port(stage, port, graph.resample) for port in stage.ports) for stage in graph.stages
-    ]
+    ports = [tuple(_plan_port(stage, port, graph.resample) for port in stage.ports) for stage in graph.stages]
     needed = _stages_needed_apart(graph, ports)
-    stages = tuple(
-        StagePlan(stage, ports[s], _pad_write(stage), s in needed) for s, stage in enumerate(graph.stages)
-    )
+    stages = tuple(StagePlan(stage, ports[s], _pad_write(stage), s in needed) for s, stage in enumerate(graph.stages))
     return Plan(stages)
 
 
@@ -156,6 +152,8 @@ def _plan_port(stage: Stage, port: Port, resample: bool) -> PortPlan:
     if port.offset is not None:
         key = torch.cat([key, port.offset.flatten(1).float()], dim=1)
     _, alike = torch.unique(key, dim=0, return_inverse=True)
+    if port.offset is not None and port.offset.requires_grad:
+        alike = torch.arange(n, device=device)  # constants that are equal now train apart
     # rows in the order of their first nodes: where all nodes differ, row r is node r
     first, row_of = torch.unique((alike[:, None] == alike).int().argmax(1), return_inverse=True)
     table = None if port.edges is None else edges[first]
@@ -302,8 +300,10 @@ def _run_stage(t: Trace, s: int, hooks: _Hooks) -> None:
             got = tuple(read.apart(normed, row_of) for read in port.reads)
         if t.keep:
             # one read per node, so that gradients at the reads tell apart heads that share keys and values
-            got = tuple(r.repeat_interleave(p.copies, 1) if r.shape[1] < len(plan.stage.nodes) else r
-                        for r, p in zip(got, port.reads, strict=True))
+            got = tuple(
+                r.repeat_interleave(p.copies, 1) if r.shape[1] < len(plan.stage.nodes) else r
+                for r, p in zip(got, port.reads, strict=True)
+            )
             t.inputs[s, port.port.name], t.normed[s, port.port.name], t.reads[s, port.port.name] = x, normed, got
         reads.extend(got)
     codes = hooks.core(t, s, tuple(reads))
@@ -338,7 +338,9 @@ def _write_sum(plan: StagePlan, codes: Float[Tensor, "batch node pos width"]) ->
     return total if plan.stage.post is None else plan.stage.post.apply(total)
 
 
-def _write_each(plan: StagePlan, codes: Float[Tensor, "batch node pos width"]) -> Float[Tensor, "batch node pos d_model"]:
+def _write_each(
+    plan: StagePlan, codes: Float[Tensor, "batch node pos width"]
+) -> Float[Tensor, "batch node pos d_model"]:
     if isinstance(plan.write, Identity):
         each = codes
     elif codes.shape[1] == 1:

@@ -316,7 +316,9 @@ class Graph:
             raise InputError(f"unknown ablation {ablation!r}; choose one of {', '.join(get_args(Ablation))}")
         wanted = keep if isinstance(keep, Tensor) else self.mark_edges(keep)
         if wanted.shape != self.edge_matrix.shape:
-            raise InputError(f"keep must be {tuple(self.edge_matrix.shape)} (ports x writers), got {tuple(wanted.shape)}")
+            raise InputError(
+                f"keep must be {tuple(self.edge_matrix.shape)} (ports x writers), got {tuple(wanted.shape)}"
+            )
         if wanted.dtype != torch.bool:
             raise InputError(f"keep must be a boolean matrix, True where an edge stays, got {wanted.dtype}")
         cut = self.edge_matrix & ~wanted.cpu()
@@ -402,7 +404,11 @@ class Graph:
         """Stored numbers; a table tied to the readout counts once."""
         tables = {id(t) for s in self.stages if s.kind == "embed" for t in tree.tensors(s.core).values()}
         tied = sum(
-            t.numel() for s in self.stages if s.kind == "unembed" for t in tree.tensors(s.ports).values() if id(t) in tables
+            t.numel()
+            for s in self.stages
+            if s.kind == "unembed"
+            for t in tree.tensors(s.ports).values()
+            if id(t) in tables
         )
         return sum(stage.n_parameters for stage in self.stages) - tied
 
@@ -488,12 +494,23 @@ class Graph:
         n, writers = len(self.stages[s].nodes), self.visible_writers(s)
         for read in port.reads:
             check(read.map.d_in == width, f"port {port.name} reads {read.map.d_in} dimensions of a stream of {width}")
-            check(sum(read.widths) == read.map.d_out, f"port {port.name}: block widths do not add up to the read map's outputs")
-            check(n % max(len(read.widths), 1) == 0, f"port {port.name}: {n} nodes cannot share {len(read.widths)} blocks")
+            check(
+                sum(read.widths) == read.map.d_out,
+                f"port {port.name}: block widths do not add up to the read map's outputs",
+            )
+            check(
+                n % max(len(read.widths), 1) == 0, f"port {port.name}: {n} nodes cannot share {len(read.widths)} blocks"
+            )
         if port.edges is not None:
-            check(port.edges.shape == (n, writers.stop - writers.start), f"port {port.name}: the edge table has a wrong shape")
+            check(
+                port.edges.shape == (n, writers.stop - writers.start),
+                f"port {port.name}: the edge table has a wrong shape",
+            )
         if port.offset is not None:
-            check(port.offset.ndim == 3 and port.offset.shape[::2] == (n, width), f"port {port.name}: a wrong offset shape")
+            check(
+                port.offset.ndim == 3 and port.offset.shape[::2] == (n, width),
+                f"port {port.name}: a wrong offset shape",
+            )
 
 
 def _stage_title(stage: Stage) -> str:

@@ -24,7 +24,7 @@ from unweave.errors import InputError
 from unweave.evaluation import Estimate, Faithfulness, evaluate
 from unweave.graph import Graph
 from unweave.scope import Scope, describe
-from unweave.scoring import EdgeScores, Means, score_edges
+from unweave.scoring import EdgeScores, score_edges
 from unweave.statistics import collect_means
 from unweave.storage import save_graph
 from unweave.subspaces import favoured_tokens, node_subspaces, read_tokens
@@ -124,7 +124,9 @@ def decompile(
     rivals = _rivals(original, moments, share)
     faithfulness = evaluate({"decompiled graph": graph, **rivals}, original, test, scope, means=means, **options)
     curve = _curve(original, moments, test, scope, batch_size)
-    graph = dataclasses.replace(graph, info={**graph.info, "model": str(model) if not isinstance(model, nn.Module) else ""})
+    graph = dataclasses.replace(
+        graph, info={**graph.info, "model": str(model) if not isinstance(model, nn.Module) else ""}
+    )
     report = _report(graph, original, scores, faithfulness, curve, train, test, scope, tokenizer, rivals, batch_size)
     report["provenance"] = _provenance(model, data, budget, refine_steps, seed, started)
     return Decompiled(graph, original, scores, faithfulness, curve, report)
@@ -144,7 +146,9 @@ def _data(
         return data
     if data is None:
         if not str(model).startswith("zoo:"):
-            raise InputError("give data: a .txt, .jsonl, .npy or .safetensors file, a folder of them, or a hub data set")
+            raise InputError(
+                "give data: a .txt, .jsonl, .npy or .safetensors file, a folder of them, or a hub data set"
+            )
         data = model
     context = min(context, graph.info.get("n_ctx", context))
     vocabulary = graph.info.get("d_vocab")
@@ -172,7 +176,9 @@ def _curve(
             continue  # smaller than its biases alone: the curve ends here
         for name, rival in _rivals(original, moments, size).items():
             graphs[f"{name}/{size}"] = rival
-    results = evaluate(graphs, original, data.select(slice(0, 32)), scope, batch_size=batch_size, n_worst=0, progress=False)
+    results = evaluate(
+        graphs, original, data.select(slice(0, 32)), scope, batch_size=batch_size, n_worst=0, progress=False
+    )
     curve: dict[str, list[tuple[float, Estimate]]] = {}
     for key, result in results.items():
         name, _, size_text = key.rpartition("/")
@@ -188,7 +194,9 @@ def token_strings(tokenizer: Any, n: int) -> list[str]:
     return [tokenizer.decode([i]) or f"[{i}]" for i in range(n)]
 
 
-def _provenance(model: Any, data: Any, budget: Mapping[str, Any], steps: int, seed: int, started: float) -> dict[str, Any]:
+def _provenance(
+    model: Any, data: Any, budget: Mapping[str, Any], steps: int, seed: int, started: float
+) -> dict[str, Any]:
     return {
         "model": model if isinstance(model, str) else str(getattr(model, "name_or_path", model)),
         "data": data.source if isinstance(data, TokenData) else str(data or model),

@@ -213,7 +213,7 @@ def _check_edges(edges: list[EdgeFacts], n_nodes: int) -> None:
                 raise InputError(f"report data: edges[{i}].{end} is the place of a node in 'nodes', {got}")
 
 
-def _plain(data: Any) -> Any:
+def _plain(data: Any) -> Any:  # noqa: C901 - one branch per kind of value
     """A copy that JSON can hold."""
 
     def copy(value: Any, where: str, depth: int) -> Any:
@@ -328,7 +328,9 @@ def _word(kind: Any) -> str:
         return "a list"
     if origin is dict or is_typeddict(kind):
         return "a dict"
-    return {str: "a string", bool: "true or false", int: "a whole number", float: "a number"}.get(kind, "a number or None")
+    return {str: "a string", bool: "true or false", int: "a whole number", float: "a number"}.get(
+        kind, "a number or None"
+    )
 
 
 # ---- rendering ------------------------------------------------------------------------------------------

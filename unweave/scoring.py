@@ -171,7 +171,9 @@ def score_edges(
         step = _FisherStep(graph, scope, means, samples, seed)
     else:
         step = _GradientStep(graph, scope, means, steps if method == "eap-ig" else 0)
-    sums = accumulate(data, step, description=f"scoring edges ({method})", fingerprint=f"{method}-{samples}-{seed}", **options)
+    sums = accumulate(
+        data, step, description=f"scoring edges ({method})", fingerprint=f"{method}-{samples}-{seed}", **options
+    )
     scores = _finish(graph, sums, method, len(data))
     return calibrate(scores, data, scope, means, measure_top, **options) if measure_top else scores
 
@@ -510,7 +512,9 @@ def _ablated_logits(
     n_pos = t.context.n_pos
     names = graph.writers[graph.visible_writers(s)]
     heard = t.written(*plan.stage.visible)[:, writers]
-    baseline = torch.stack([means[names[i]].expand(max(means[names[i]].shape[0], 1), -1)[:n_pos] for i in writers.tolist()])
+    baseline = torch.stack(
+        [means[names[i]].expand(max(means[names[i]].shape[0], 1), -1)[:n_pos] for i in writers.tolist()]
+    )
     x = t.inputs[s, name]
     x = x if x.shape[1] == 1 else x[:, port.row_of[nodes] if x.shape[1] <= int(port.row_of.max()) + 1 else nodes]
     x = x - heard + baseline.to(heard)

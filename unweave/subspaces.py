@@ -41,7 +41,8 @@ def node_subspaces(graph: Graph, moments: Mapping[int, ChannelMoments]) -> dict[
         One small singular value decomposition per node and port.
     """
     return {
-        node: {"write": _written(stage, i, m)} | {f"read.{p.name}": _read(stage, k, i, m) for k, p in enumerate(stage.ports)}
+        node: {"write": _written(stage, i, m)}
+        | {f"read.{p.name}": _read(stage, k, i, m) for k, p in enumerate(stage.ports)}
         for s, m in moments.items()
         for stage in [graph.stages[s]]
         for i, node in enumerate(stage.nodes)
@@ -75,7 +76,9 @@ def _read(stage: Stage, k: int, i: int, m: ChannelMoments) -> Subspace:
     return Subspace(torch.nn.functional.normalize(seen.right, dim=1).float(), seen.nats.float())
 
 
-def favoured_tokens(graph: Graph, direction: Float[Tensor, " d_model"], k: int = 6) -> tuple[list[tuple[int, float]], ...]:
+def favoured_tokens(
+    graph: Graph, direction: Float[Tensor, " d_model"], k: int = 6
+) -> tuple[list[tuple[int, float]], ...]:
     """(promoted, suppressed): the outputs whose logits a written direction raises and lowers most.
 
     The direct path only: the direction through the final norm's gain and the readout, mean over outputs removed.

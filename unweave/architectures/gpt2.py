@@ -4,8 +4,17 @@ from __future__ import annotations
 
 from typing import Any
 
-from unweave.architectures.parts import activation, attention_stage, embed_stage, hf_info, layer_norm, mlp_stage
-from unweave.architectures.parts import position_stage, read, unembed_stage
+from unweave.architectures.parts import (
+    activation,
+    attention_stage,
+    embed_stage,
+    hf_info,
+    layer_norm,
+    mlp_stage,
+    position_stage,
+    read,
+    unembed_stage,
+)
 from unweave.graph import Graph
 from unweave.ops import Attention
 
@@ -25,9 +34,7 @@ def capture_gpt2(model: Any) -> Graph:
         scale = attn.head_dim**-0.5 if config.scale_attn_weights else 1.0
         scale /= i + 1 if config.scale_attn_by_inverse_layer_idx else 1
         core, norm = Attention(n, n, scale), layer_norm(block.ln_1)
-        stages.append(
-            attention_stage(i, core, norm, (q, k, v), attn.c_proj.weight.T, len(stages), attn.c_proj.bias)
-        )
+        stages.append(attention_stage(i, core, norm, (q, k, v), attn.c_proj.weight.T, len(stages), attn.c_proj.bias))
         mlp = activation(config.activation_function, config.model_type)
         hidden = read(block.mlp.c_fc.weight.T, block.mlp.c_fc.bias, 1)
         norm, out = layer_norm(block.ln_2), block.mlp.c_proj

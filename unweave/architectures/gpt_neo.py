@@ -4,8 +4,17 @@ from __future__ import annotations
 
 from typing import Any
 
-from unweave.architectures.parts import activation, attention_stage, embed_stage, hf_info, layer_norm, mlp_stage
-from unweave.architectures.parts import position_stage, read, unembed_stage
+from unweave.architectures.parts import (
+    activation,
+    attention_stage,
+    embed_stage,
+    hf_info,
+    layer_norm,
+    mlp_stage,
+    position_stage,
+    read,
+    unembed_stage,
+)
 from unweave.graph import Graph
 from unweave.ops import Attention
 
@@ -23,9 +32,7 @@ def capture_gpt_neo(model: Any) -> Graph:
         core = Attention(n, n, 1.0, window=window)
         q, k, v = (read(m.weight, m.bias, n) for m in (attn.q_proj, attn.k_proj, attn.v_proj))
         out = attn.out_proj
-        stages.append(
-            attention_stage(i, core, layer_norm(block.ln_1), (q, k, v), out.weight, len(stages), out.bias)
-        )
+        stages.append(attention_stage(i, core, layer_norm(block.ln_1), (q, k, v), out.weight, len(stages), out.bias))
         hidden, out = read(block.mlp.c_fc.weight, block.mlp.c_fc.bias, 1), block.mlp.c_proj
         mlp = activation(config.activation_function, config.model_type)
         stages.append(mlp_stage(i, mlp, layer_norm(block.ln_2), (hidden,), out.weight, len(stages), out.bias))

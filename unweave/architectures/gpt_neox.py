@@ -4,8 +4,17 @@ from __future__ import annotations
 
 from typing import Any
 
-from unweave.architectures.parts import activation, attention_stage, embed_stage, hf_info, layer_norm, mlp_stage
-from unweave.architectures.parts import read, rotary, unembed_stage
+from unweave.architectures.parts import (
+    activation,
+    attention_stage,
+    embed_stage,
+    hf_info,
+    layer_norm,
+    mlp_stage,
+    read,
+    rotary,
+    unembed_stage,
+)
 from unweave.graph import Graph, Read
 from unweave.ops import Attention, Dense
 

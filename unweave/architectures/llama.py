@@ -10,8 +10,17 @@ from typing import Any
 
 from torch import nn
 
-from unweave.architectures.parts import activation, attention_stage, embed_stage, hf_info, mlp_stage, read, rms_norm
-from unweave.architectures.parts import rotary, unembed_stage
+from unweave.architectures.parts import (
+    activation,
+    attention_stage,
+    embed_stage,
+    hf_info,
+    mlp_stage,
+    read,
+    rms_norm,
+    rotary,
+    unembed_stage,
+)
 from unweave.errors import UnsupportedModelError
 from unweave.graph import Graph, Stage
 from unweave.ops import Attention, Readout
@@ -61,7 +70,8 @@ def _attention(config: Any, body: Any, i: int, block: Any, gemma: bool, visible:
         float(attn.scaling),
         causal=bool(attn.is_causal),
         window=_window(config, i),
-        softcap=getattr(config, "attn_logit_softcapping", None),
+        # Gemma 3's config has it too, but its attention never applies it
+        softcap=config.attn_logit_softcapping if config.model_type == "gemma2" else None,
         rotary=rotary(body.rotary_emb, config, _rope_key(config, i))[0],
         q_norm=rms_norm(attn.q_norm, gemma) if hasattr(attn, "q_norm") else None,
         k_norm=rms_norm(attn.k_norm, gemma) if hasattr(attn, "k_norm") else None,

@@ -12,8 +12,19 @@ from torch import Tensor, nn
 
 from unweave.errors import UnsupportedModelError
 from unweave.graph import Port, Read, Stage
-from unweave.ops import ACTIVATIONS, Activation, Attention, Dense, Identity, LayerNorm, Lookup, Norm, Readout
-from unweave.ops import RMSNorm, Rotary
+from unweave.ops import (
+    ACTIVATIONS,
+    Activation,
+    Attention,
+    Dense,
+    Identity,
+    LayerNorm,
+    Lookup,
+    Norm,
+    Readout,
+    RMSNorm,
+    Rotary,
+)
 
 __all__ = [
     "activation",

@@ -39,11 +39,19 @@ def capture_sequential(model: nn.Sequential) -> Graph:
         stages.append(Stage((f"layers.{i}",), "mlp", i, (port,), core, write, (width,), (here - 1, here)))
     linear, name = layers[-1]
     if name != "identity":
-        raise UnsupportedModelError(f"nn.Sequential ends with {name}; end it with a Linear layer, whose outputs are the logits")
+        raise UnsupportedModelError(
+            f"nn.Sequential ends with {name}; end it with a Linear layer, whose outputs are the logits"
+        )
     port, here = Port("in", (read(linear.weight, linear.bias, 1),)), len(stages)
     width = linear.out_features
     stages.append(Stage(("output",), "unembed", len(layers) - 1, (port,), Readout(), None, (width,), (here - 1, here)))
-    info: dict[str, Any] = {"name": "mlp", "family": "sequential", "n_layers": len(layers), "d_input": size, "d_out": width}
+    info: dict[str, Any] = {
+        "name": "mlp",
+        "family": "sequential",
+        "n_layers": len(layers),
+        "d_input": size,
+        "d_out": width,
+    }
     return Graph(tuple(stages), info)
 
 

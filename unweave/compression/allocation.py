@@ -80,7 +80,9 @@ def compress(
         raise InputError(f"kl_nats must be a positive number, got {kl_nats}")
     scope = scope or Scope()
     if moments is None:
-        moments = channel_moments(graph, data, scope, samples=samples, batch_size=batch_size, seed=seed, progress=progress)
+        moments = channel_moments(
+            graph, data, scope, samples=samples, batch_size=batch_size, seed=seed, progress=progress
+        )
     budgeter = Budgeter(graph, moments)
     if size is not None:
         return budgeter.at_size(size)
@@ -113,6 +115,20 @@ class Budgeter:
         chosen = [part.choose(high) for _, part in self.parts]
         if sum(c.numbers for c in chosen) > target:
             raise InputError(f"size {size:.3g} is smaller than the biases and norms alone; ask for more")
+        return self._spend(chosen, target - sum(c.numbers for c in chosen))
+
+    def _spend(self, chosen: list[Choice], spare: float) -> list[Choice]:
+        """Use what one price for all has left over, where it saves most."""
+        chosen = list(chosen)
+        for _ in self.parts:
+            larger = [part.within(c.numbers + spare) for (_, part), c in zip(self.parts, chosen, strict=True)]
+            fits = [n.numbers <= c.numbers + spare for n, c in zip(larger, chosen, strict=True)]
+            gains = [(c.nats - n.nats) * ok for n, c, ok in zip(larger, chosen, fits, strict=True)]
+            best = max(range(len(gains)), key=gains.__getitem__)
+            if gains[best] <= 0:
+                break
+            spare -= larger[best].numbers - chosen[best].numbers
+            chosen[best] = larger[best]
         return chosen
 
     def build(self, chosen: list[Choice]) -> Graph:

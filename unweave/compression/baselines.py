@@ -37,7 +37,8 @@ def _with_maps(graph: Graph, change: Callable[[int, str, int, LinearMap], Linear
             dataclasses.replace(
                 port,
                 reads=tuple(
-                    dataclasses.replace(read, map=change(s, port.name, r, read.map)) for r, read in enumerate(port.reads)
+                    dataclasses.replace(read, map=change(s, port.name, r, read.map))
+                    for r, read in enumerate(port.reads)
                 ),
             )
             for port in stage.ports
@@ -154,7 +155,8 @@ def pca_slicing(graph: Graph, size: float, moments: Mapping[int, ChannelMoments]
     k = max(
         k
         for k in range(1, d + 1)
-        if fixed + sum(_numbers(graph.stages[s], k) + k * k for s in stages) <= size * graph.n_channel_parameters or k == 1
+        if fixed + sum(_numbers(graph.stages[s], k) + k * k for s in stages) <= size * graph.n_channel_parameters
+        or k == 1
     )
 
     def change(s: int, port: str, r: int, old: LinearMap) -> LinearMap:
@@ -186,4 +188,3 @@ BASELINES: dict[str, str] = {
     "row-Fisher SVD": "FWSVD, uniform ranks",
     "PCA slicing": "SliceGPT's idea, uniform width",
 }
-

@@ -51,6 +51,13 @@ class Part(ABC):
         """The choice that minimises nats + price * numbers."""
 
     @abstractmethod
+    def within(self, limit: float) -> Choice:
+        """A choice of at most ``limit`` numbers that loses little: what fills a budget where prices leave gaps.
+
+        (Storage is concave in the rank, so one price for all reaches only some of the sizes.)
+        """
+
+    @abstractmethod
     def apply(self, stage: Stage, choice: Choice) -> Stage:
         """The stage with this part made into the choice."""
 
@@ -78,11 +85,41 @@ def _tails(nats: Float[Tensor, " k"]) -> Float[Tensor, " k_plus_one"]:
     return torch.cat([nats.flip(0).cumsum(0).flip(0), nats.new_zeros(1)])
 
 
-def _best_rank(nats: Float[Tensor, " k"], numbers: Float[Tensor, " k_plus_one"], price: float) -> tuple[int, int, float]:
+def _best_rank(
+    nats: Float[Tensor, " k"], numbers: Float[Tensor, " k_plus_one"], price: float
+) -> tuple[int, int, float]:
     """(rank, numbers, nats lost) that minimise nats + price * numbers."""
     tails = _tails(nats)
     r = int((tails + price * numbers.to(tails)).argmin())
     return r, int(numbers[r]), float(tails[r])
+
+
+Curve = tuple[Float[Tensor, " k"], Float[Tensor, " k_plus_one"]]
+
+
+def _fill(curves: list[Curve], limit: float) -> tuple[list[int], int, float]:
+    """(ranks, numbers, nats lost) within a limit: the step of the most nats per number, while one fits."""
+    tails = [_tails(nats) for nats, _ in curves]
+    costs = [numbers.to(tail) for (_, numbers), tail in zip(curves, tails, strict=True)]
+    ranks = [0] * len(curves)
+    spent = sum(float(c[0]) for c in costs)
+    while True:
+        best: tuple[float, int, int] | None = None
+        for i, (tail, cost) in enumerate(zip(tails, costs, strict=True)):
+            more = cost[ranks[i] + 1 :] - cost[ranks[i]]
+            if not len(more):
+                continue
+            worth = (tail[ranks[i]] - tail[ranks[i] + 1 :]) / more.clamp(min=1.0)
+            worth = torch.where(more <= limit - spent, worth, -1.0)
+            j = int(worth.argmax())
+            if float(worth[j]) > 0 and (best is None or float(worth[j]) > best[0]):
+                best = (float(worth[j]), i, ranks[i] + 1 + j)
+        if best is None:
+            break
+        _, i, rank = best
+        spent += float(costs[i][rank] - costs[i][ranks[i]])
+        ranks[i] = rank
+    return ranks, int(spent), sum(float(t[r]) for t, r in zip(tails, ranks, strict=True))
 
 
 def _low_rank_numbers(d_out: int, d_in: int) -> Float[Tensor, " ranks"]:
@@ -138,6 +175,11 @@ class ReadPart(Part):
         r, numbers, nats = _best_rank(self.seen.nats, _low_rank_numbers(*self.weight.shape), price)
         biased = r < min(self.weight.shape) or self.stage.ports[self.port].reads[0].bias is not None
         return Choice(numbers + biased * self.weight.shape[0], nats, (r,))
+
+    def within(self, limit: float) -> Choice:
+        curve = (self.seen.nats, _low_rank_numbers(*self.weight.shape))
+        (r,), numbers, nats = _fill([curve], limit - self.weight.shape[0])
+        return Choice(numbers + self.weight.shape[0], nats, (r,))
 
     def apply(self, stage: Stage, choice: Choice) -> Stage:
         read, mean = stage.ports[self.port].reads[0], self.moments.inputs[stage.ports[self.port].name]
@@ -204,6 +246,11 @@ class ValueOutputPart(Part):
         d = self.outputs[0].shape[0]
         return Choice(sum(p[1] for p in picked) + d, sum(p[2] for p in picked), tuple(p[0] for p in picked))
 
+    def within(self, limit: float) -> Choice:
+        d = self.outputs[0].shape[0]
+        ranks, numbers, nats = _fill([(p[2], self.numbers) for p in self.projectors], limit - d)
+        return Choice(numbers + d, nats, tuple(ranks))
+
     def apply(self, stage: Stage, choice: Choice) -> Stage:
         groups, per_group, w = self.sizes
         read = stage.ports[2].reads[0]
@@ -268,6 +315,10 @@ class QueryKeyPart(Part):
     def choose(self, price: float) -> Choice:
         picked = [_best_rank(nats, self.numbers, price) for _, _, nats in self.projectors]
         return Choice(sum(p[1] for p in picked), sum(p[2] for p in picked), tuple(p[0] for p in picked))
+
+    def within(self, limit: float) -> Choice:
+        ranks, numbers, nats = _fill([(p[2], self.numbers) for p in self.projectors], limit)
+        return Choice(numbers, nats, tuple(ranks))
 
     def apply(self, stage: Stage, choice: Choice) -> Stage:
         groups, per_group, w = self.sizes
@@ -352,6 +403,16 @@ class MlpPart(Part):
 
     def choose(self, price: float) -> Choice:
         return min((self._choose_ranks(n, price) for n in self.counts), key=lambda c: c.nats + price * c.numbers)
+
+    def within(self, limit: float) -> Choice:
+        return min((self._fill_ranks(n, limit) for n in self.counts), key=lambda c: (c.numbers > limit, c.nats))
+
+    def _fill_ranks(self, count: int, limit: float) -> Choice:
+        neurons, d = self.neurons(count), self.weights[-1].shape[0]
+        biases = count * len(self.port.reads) + d
+        curves = [(s.nats, _low_rank_numbers(count, d)) for s in neurons.seen]
+        ranks, numbers, nats = _fill(curves, limit - biases)
+        return Choice(numbers + biases, neurons.nats + nats, (count, *ranks))
 
     def _choose_ranks(self, count: int, price: float) -> Choice:
         neurons = self.neurons(count)

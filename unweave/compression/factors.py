@@ -38,7 +38,9 @@ class Spectrum(NamedTuple):
     nats: Float[Tensor, " k"]
 
 
-def spectrum(weight: Float[Tensor, "out in"], inputs2: Float[Tensor, "in in"], felt2: Float[Tensor, "out out"]) -> Spectrum:
+def spectrum(
+    weight: Float[Tensor, "out in"], inputs2: Float[Tensor, "in in"], felt2: Float[Tensor, "out out"]
+) -> Spectrum:
     """Minimise tr(G D A D^T) over matrices W - D of each rank: the SVD of G^1/2 W A^1/2.
 
     Args:
@@ -116,11 +118,11 @@ def pivot(right: Float[Tensor, "rank d"]) -> tuple[Float[Tensor, "rank rank"], P
         left[j] = False
         axis = work[:, j] / work[:, j].norm().clamp(min=1e-300)
         work = work - torch.outer(axis, axis @ work)
-    pivots = torch.tensor(sorted(columns), device=right.device)
+    pivots = torch.tensor(sorted(columns), dtype=torch.long, device=right.device)
     others = left.nonzero()[:, 0]
     basis = right.double()[:, pivots]
     if not rank:
-        return basis, Pivoted(right.double()[:, others], pivots.long(), others)
+        return basis, Pivoted(right.double()[:, others], pivots, others)
     rest = torch.linalg.lstsq(basis, right.double()[:, others]).solution
     return basis, Pivoted(rest, pivots, others)
 

@@ -94,7 +94,9 @@ class _MomentStep:
 
     @property
     def stages(self) -> list[int]:
-        return [s for s, stage in enumerate(self.graph.stages) if stage.kind in CHANNEL_KINDS and stage.write is not None]
+        return [
+            s for s, stage in enumerate(self.graph.stages) if stage.kind in CHANNEL_KINDS and stage.write is not None
+        ]
 
     def __call__(self, batch: Batch) -> Sums:
         first = self.graph.writers[0]

@@ -79,7 +79,11 @@ def refine_factors(
     weights = {path: t.detach().clone().requires_grad_() for path, t in paths.items()}
     optimiser = torch.optim.Adam(weights.values(), lr=learning_rate, betas=(0.9, 0.95))
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, steps)
-    saver = Checkpoint(Path(checkpoint), f"refine-{seed}-{steps}-{learning_rate}-{data.fingerprint()}") if checkpoint else None
+    saver = (
+        Checkpoint(Path(checkpoint), f"refine-{seed}-{steps}-{learning_rate}-{data.fingerprint()}")
+        if checkpoint
+        else None
+    )
     start = _resume(saver, weights, optimiser, schedule)
     batches = _endless(data, batch_size, seed, start)
     for step in track(range(start, steps), "refining factors", steps - start, show=progress):

@@ -132,13 +132,15 @@ def train(seed: int = 0, steps: int = STEPS) -> Iterator[tuple[int, float, ToyTr
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, 2e-3, total_steps=steps, pct_start=0.1)
     for step in range(1, steps + 1):
         tokens, repeated = batch(64, generator)
-        logits = model(tokens)[:, :-1]
-        losses = F.cross_entropy(logits.transpose(1, 2), tokens[:, 1:], reduction="none")
-        loss = losses[repeated[:, :-1]].mean()
+        told = repeated[:, :-1]
+        log_p = model(tokens)[:, :-1].log_softmax(-1)
+        loss = F.nll_loss(log_p[told], tokens[:, 1:][told])
+        # where nothing tells the next token, it should say so: without this it is sure of nonsense there
+        unsure = -log_p[~told][:, BOS + 1 :].mean()
         # paid only once the circuit is there (sooner, it would never form), and not at the end
         priced = PRICED[0] * steps < step < PRICED[1] * steps
         optimiser.zero_grad()
-        (loss + HEAD_PRICE * price_of_heads(model) if priced else loss).backward()
+        (loss + unsure + (HEAD_PRICE * price_of_heads(model) if priced else 0.0)).backward()
         optimiser.step()
         schedule.step()
         if step == int(PRICED[1] * steps):
