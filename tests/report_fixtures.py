@@ -100,30 +100,25 @@ def describe(node: dict[str, Any], rng: random.Random) -> None:
 
 
 def edge_list(nodes: list[dict[str, Any]], rng: random.Random, limit: int | None = None) -> list[dict[str, Any]]:
-    """Every pair of a writer and a later port; heads of one layer do not hear each other."""
+    """Every pair of a writer and a later port, or some of them; heads of one layer do not hear each other."""
+    pairs = [
+        (src, dst, port)
+        for dst, node in enumerate(nodes)
+        for port in node["ports"]
+        for src in (range(dst) if limit is None else rng.sample(range(dst), min(dst, 8)))
+        if not (node["kind"] == "head" and nodes[src]["layer"] == node["layer"])
+    ]
     edges = []
-    for dst, node in enumerate(nodes):
-        for port in node["ports"]:
-            for src in range(dst):
-                if node["kind"] == "head" and nodes[src]["layer"] == node["layer"]:
-                    continue
-                near = 1.5 if nodes[src]["kind"] in ("embed", "mlp") and port in ("in", "v") else 0
-                nats = math.exp(rng.gauss(-8 + near, 2.0))
-                edges.append(
-                    {
-                        "src": src,
-                        "dst": dst,
-                        "port": port,
-                        "nats": nats,
-                        "se": 0.07 * nats,
-                        "measured": False,
-                        "kept": True,
-                    }
-                )
+    for src, dst, port in pairs[-limit:] if limit else pairs:
+        near = 1.5 if nodes[src]["kind"] in ("embed", "mlp") and port in ("in", "v") else 0
+        nats = math.exp(rng.gauss(-8 + near, 2.0))
+        edges.append(
+            {"src": src, "dst": dst, "port": port, "nats": nats, "se": 0.07 * nats, "measured": False, "kept": True}
+        )
     edges.sort(key=lambda e: -e["nats"])
     for edge in edges[:50]:
         edge["measured"] = True
-    return edges[:limit]
+    return edges
 
 
 def worst_tokens(rng: random.Random) -> list[dict[str, Any]]:

@@ -180,7 +180,7 @@ def test_a_budget_in_nats_is_kept(induction, induction_data):
 
 def test_refinement_brings_the_graph_closer_and_resumes(induction, induction_data, tmp_path, monkeypatch):
     scope = Scope("answered")
-    small = unweave.compress(induction, induction_data, scope, size=0.35)
+    small = unweave.compress(induction, induction_data, scope, size=0.12)
     before = mean_divergence(induction, small, induction_data, scope)
     options = {"steps": 12, "batch_size": 8, "learning_rate": 3e-3}
     better = refine_factors(small, induction, induction_data, scope, **options)

@@ -274,6 +274,7 @@ def test_stories_are_tokenised_as_the_tokenizer_does(shared):
         ("a.safetensors", b"", EmptyDataError, "it is empty"),
         ("a.txt", b"x\n\n\ny", EmptyDataError, "2 of 2 documents have fewer than 2 tokens"),
         ("a.txt", b"good\nb\xff", InputError, r"a\.txt:2 is not UTF-8: a bad byte at offset 6 of the file"),
+        ("a.txt", "éé\n".encode() + b"b\xff", InputError, r":2 is not UTF-8: a bad byte at offset 6 of the file"),
         ("a.txt", "hello".encode("utf-16"), InputError, "offset 0 of the file"),
         ("a.jsonl", b'{"text": "ab"}\n{"text": "\xff"}', InputError, r":2 is not UTF-8.*offset 25 of the file"),
         ("a.jsonl", b'{"text": "ab"}\n{"text"', InputError, r"a\.jsonl:2: not JSON"),

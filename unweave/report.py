@@ -1,6 +1,6 @@
 """Results as one self-contained HTML page that opens from disk.
 
-The page is a template, a style sheet and a script (:mod:`unweave.viewer`) with the data beside them as JSON. Token
+The page is a template, a style sheet and a script (the folder viewer) with the data beside them as JSON. Token
 strings come from strangers, so data is only ever text: it is escaped for its place here, the script writes text
 and never markup, and the page's own policy forbids every other script, every other style and all network access.
 

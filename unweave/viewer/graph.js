@@ -6,7 +6,9 @@ import { layOut, neighbour } from "./layout.js";
 import { hideTip, showTip } from "./tip.js";
 import { change, fromSlider, onChange, toSlider, view, writeAddress } from "./view.js";
 
-const WIDEST = 8, ALWAYS_SHOWN = 12, NEAR = 7, HASTY = 1500, REST_MS = 160;
+const ALWAYS_SHOWN = 12, NEAR = 7, HASTY = 1500, REST_MS = 160;
+// one edge that outweighs the rest may be wide; many of like weight must leave room for each other
+const WIDEST = Math.max(3, Math.min(8, 8 * Math.sqrt(12 / Math.max(1, kept.slice(0, 200).reduce((sum, edge) => sum + weight(edge) / heaviest, 0)))));
 let plan = null, items = [], hot = null;
 
 // ---- edges as curves ----
