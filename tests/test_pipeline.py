@@ -72,7 +72,7 @@ def test_an_output_quotient_needs_less(induction, induction_data):
     """A coarser question costs fewer nats at the same size."""
     classes = unweave.Quotient.from_sets({"low": range(24)}, 48)
     fine, coarse = Scope("answered"), Scope("answered", classes)
-    full, narrow = (unweave.compress(induction, induction_data, s, size=0.35) for s in (fine, coarse))
+    full, narrow = (unweave.compress(induction, induction_data, s, size=0.12) for s in (fine, coarse))
     results = evaluate({"full": full, "narrow": narrow}, induction, induction_data, coarse)
     assert (
         results["full"].kl_nats.value < evaluate({"full": full}, induction, induction_data, fine)["full"].kl_nats.value
