@@ -191,7 +191,14 @@ def token_strings(tokenizer: Any, n: int) -> list[str]:
     """The text of every token id, for people; the id itself where there is no tokenizer."""
     if tokenizer is None:
         return [f"[{i}]" for i in range(n)]
-    return [tokenizer.decode([i]) or f"[{i}]" for i in range(n)]
+    texts = [tokenizer.decode([i]) for i in range(n)]
+    # decoding a sentencepiece token alone drops the space it begins with
+    pieces = tokenizer.convert_ids_to_tokens(list(range(n)))
+    spaced = [isinstance(piece, str) and piece.startswith("\u2581") for piece in pieces]
+    return [
+        " " + text if space and not text.startswith(" ") else text or f"[{i}]"
+        for i, (text, space) in enumerate(zip(texts, spaced, strict=True))
+    ]
 
 
 def _provenance(
