@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import pytest
@@ -10,6 +11,7 @@ from families import random_model
 from scipy.stats import spearmanr
 
 import unweave
+from unweave import tree
 from unweave.capture import capture
 from unweave.data import Batch, from_tensor
 from unweave.errors import EmptyDataError, InputError, NonFiniteError
@@ -127,7 +129,8 @@ def test_nonsense_is_refused(induction, induction_data):
     empty = Scope(lambda b: torch.zeros_like(b.mask))
     with pytest.raises(EmptyDataError, match="no position"):
         score_edges(induction, induction_data, empty)
-    broken = induction.to(dtype=torch.float32)
+    # a copy: the graph is shared by all tests
+    broken = dataclasses.replace(induction, stages=tree.map_tensors(induction.stages, torch.clone))
     broken.stages[3].write.weight[0, 0] = torch.inf
     with pytest.raises(NonFiniteError, match=r"blocks\.1\.attn"):
         score_edges(broken, induction_data)
