@@ -12,6 +12,7 @@ import re
 import shutil
 import struct
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -587,27 +588,33 @@ def test_a_first_save_that_fails_leaves_nothing(
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.fixture
-def full_disk() -> Iterator[Callable[[int], None]]:
-    """No file may grow beyond so many bytes: the system's own refusal, as on a full disk."""
+@contextmanager
+def files_limited_to(size: int) -> Iterator[None]:
+    """No file may grow beyond so many bytes: the system's own refusal, as on a full disk.
+
+    Only around the lines that write: the limit holds for the whole process, pytest's own log with it.
+    """
     resource = pytest.importorskip("resource", reason="this system cannot limit the size of files")
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 @pytest.mark.parametrize("size", [100, 3000])  # refused in the middle of the weights, and of graph.json
-def test_a_disk_that_is_really_full(tmp_path: Path, full_disk: Callable[[int], None], size: int) -> None:
+def test_a_disk_that_is_really_full(tmp_path: Path, size: int) -> None:
     folder = save_graph(build(), tmp_path / "g")
     assert (folder / "graph.json").stat().st_size > 3000
     before = contents(tmp_path)
-    full_disk(size)
-    with pytest.raises(StorageError, match=r"cannot write .*/g: .*too large.*; nothing was changed"):
-        save_graph(build(1), folder, overwrite=True)
-    with pytest.raises(StorageError, match="nothing was changed"):
-        write_tensors(tmp_path / "w.safetensors", {"a": torch.zeros(2000)})
-    with pytest.raises(StorageError, match="nothing was changed"):
-        write_text(folder / "graph.json", "x" * 4000)
+    with files_limited_to(size):
+        with pytest.raises(StorageError, match=r"cannot write .*/g: .*too large.*; nothing was changed"):
+            save_graph(build(1), folder, overwrite=True)
+        with pytest.raises(StorageError, match="nothing was changed"):
+            write_tensors(tmp_path / "w.safetensors", {"a": torch.zeros(2000)})
+        with pytest.raises(StorageError, match="nothing was changed"):
+            write_text(folder / "graph.json", "x" * 4000)
     assert contents(tmp_path) == before
 
 
@@ -1219,12 +1226,11 @@ def test_a_truncated_checkpoint(saver: Checkpoint) -> None:
         saver.load()
 
 
-def test_a_failed_checkpoint_keeps_the_last(saver: Checkpoint, full_disk: Callable[[int], None]) -> None:
+def test_a_failed_checkpoint_keeps_the_last(saver: Checkpoint) -> None:
     saver.save({"sum": torch.ones(3)}, {"next_batch": 1})
     with pytest.raises(InputError, match="not plain JSON"):
         saver.save({"sum": torch.ones(3)}, {"loss": float("nan")})
-    full_disk(1000)
-    with pytest.raises(StorageError, match="nothing was changed"):
+    with files_limited_to(1000), pytest.raises(StorageError, match="nothing was changed"):
         saver.save({"sum": torch.ones(3000)}, {"next_batch": 2})
     found = saver.load()
     assert found is not None
