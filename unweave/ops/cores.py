@@ -196,7 +196,7 @@ class Attention(Core):
     """code_h = softmax(mask(cap(scale * q_h k_h^T))) v_h for every head h.
 
     Attributes:
-        n_heads: query heads, the nodes of the stage.
+        n_heads: the nodes of the stage: query heads, or their parts, which share a pattern.
         n_kv_heads: key-value heads; query head h uses number h * n_kv_heads // n_heads.
         scale: what scores are multiplied with.
         causal: whether a position sees only itself and earlier ones.
@@ -218,14 +218,14 @@ class Attention(Core):
         return dataclasses.replace(self, n_heads=len(nodes), n_kv_heads=len(nodes))
 
     def queries_and_keys(self, q: Tensor, k: Tensor, context: Context) -> tuple[Tensor, Tensor]:
-        """q and k after their norms and rotations, with one key per query head."""
+        """q and k after their norms and rotations, one of each per node."""
         if self.q_norm is not None:
             q = self.q_norm.apply(q)
         if self.k_norm is not None:
             k = self.k_norm.apply(k)
         if self.rotary is not None:
             q, k = self.rotary.turn(q, context), self.rotary.turn(k, context)
-        return q, self._per_query_head(k)
+        return self._per_query_head(q), self._per_query_head(k)
 
     def _per_query_head(self, x: Float[Tensor, "batch blocks pos width"]) -> Float[Tensor, "batch node pos width"]:
         copies = self.n_heads // x.shape[1]

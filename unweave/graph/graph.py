@@ -8,7 +8,7 @@ verb returns a new graph, sharing the tensors it did not touch.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal, get_args
@@ -19,138 +19,15 @@ from torch import Tensor
 
 from unweave import tree
 from unweave.errors import GraphError, InputError, UnknownNameError
-from unweave.ops import Attention, Core, LinearMap, Norm
+from unweave.graph.cutting import check_means, cut_stage
+from unweave.graph.parts import Edge, Port, Stage
+from unweave.graph.splitting import Parts, part_names, read_parts, split_stage, split_writers
+from unweave.ops import Attention
 
-__all__ = ["Ablation", "Edge", "Graph", "Port", "Read", "Stage"]
+__all__ = ["CHANNEL_KINDS", "Ablation", "Graph"]
 
 Ablation = Literal["mean", "zero", "resample"]
 CHANNEL_KINDS = ("attn", "mlp")
-
-
-@dataclass(frozen=True, order=True)
-class Edge:
-    """What node ``src`` writes, as heard by port ``port`` of node ``dst``; prints as ``src->dst.port``."""
-
-    src: str
-    dst: str
-    port: str
-
-    def __str__(self) -> str:
-        return f"{self.src}->{self.dst}.{self.port}"
-
-    @classmethod
-    def parse(cls, text: str) -> Edge:
-        """The edge that prints as ``text``.
-
-        Raises:
-            InputError: the text is not of that form.
-
-        Example:
-            >>> Edge.parse("embed->blocks.0.attn.head.1.q")
-            Edge(src='embed', dst='blocks.0.attn.head.1', port='q')
-        """
-        src, arrow, rest = text.partition("->")
-        dst, dot, port = rest.rpartition(".")
-        if not (arrow and dot and src and dst and port):
-            raise InputError(f"an edge is written 'source->node.port', got {text!r}")
-        return cls(src, dst, port)
-
-
-@tree.register
-@dataclass(frozen=True, eq=False)
-class Read:
-    """A linear map out of a port's input, for all nodes of the stage at once.
-
-    Attributes:
-        map: stream -> the blocks' outputs, one after the other.
-        widths: outputs of each block; fewer blocks than nodes when neighbouring nodes share one
-            (grouped-query attention).
-        bias: one number per output, or None.
-    """
-
-    map: LinearMap
-    widths: tuple[int, ...]
-    bias: Float[Tensor, " outputs"] | None = None
-
-
-@tree.register
-@dataclass(frozen=True, eq=False)
-class Port:
-    """One way in which the nodes of a stage read: x = sum of the writers heard + offset; reads of norm(x).
-
-    Attributes:
-        name: "q", "k", "v" for attention, "in" otherwise.
-        reads: the maps applied to the normalised input (two for a gated MLP).
-        norm: the normalisation in front, or None.
-        edges: which visible writer each node hears; None when all hear all.
-        offset: the constant left in place of cut edges, one per node, for all positions or for each.
-    """
-
-    name: str
-    reads: tuple[Read, ...]
-    norm: Norm | None = None
-    edges: Bool[Tensor, "nodes writers"] | None = None
-    offset: Float[Tensor, "nodes #pos d_model"] | None = None
-
-
-@tree.register
-@dataclass(frozen=True, eq=False)
-class Stage:
-    """A row of parallel nodes.
-
-    Attributes:
-        nodes: their names.
-        kind: "embed", "attn", "mlp", "unembed" or "other"; the middle two are the channels.
-        layer: -1 before the first block.
-        ports: how they read.
-        core: from reads to codes.
-        write: all codes, one after the other, -> stream; None for the output node.
-        code_widths: the length of each node's code.
-        visible: the half-open range of earlier stages whose writes can be heard.
-        bias: a constant added to the stream once for the whole stage. It reaches every later port whatever
-            is cut: a constant carries no information.
-        post: a normalisation of the summed writes (Gemma); its scale couples the nodes of the stage.
-    """
-
-    nodes: tuple[str, ...]
-    kind: str
-    layer: int
-    ports: tuple[Port, ...]
-    core: Core
-    write: LinearMap | None
-    code_widths: tuple[int, ...]
-    visible: tuple[int, int]
-    bias: Float[Tensor, " d_model"] | None = None
-    post: Norm | None = None
-
-    @cached_property
-    def n_parameters(self) -> int:
-        """Stored numbers: maps, biases, norms, tables; constants left by cut edges are not counted."""
-        maps = [read.map.n_parameters for port in self.ports for read in port.reads]
-        loose = [read.bias for port in self.ports for read in port.reads] + [self.bias]
-        norms = tree.tensors([port.norm for port in self.ports]).values()  # ports that share a norm count it once
-        return (
-            sum(maps)
-            + (self.write.n_parameters if self.write is not None else 0)
-            + sum(t.numel() for t in loose if t is not None)
-            + sum(t.numel() for t in norms)
-            + (self.post.n_parameters if self.post is not None else 0)
-            + self.core.n_parameters
-        )
-
-    @property
-    def device(self) -> torch.device:
-        """Where its tensors are."""
-        return next((t.device for _, t in tree.leaves(self)), torch.device("cpu"))
-
-    def multiplications(self, context: int) -> int:
-        """Multiply-adds per token with ``context`` tokens to attend to."""
-        n = sum(read.map.n_multiplications for port in self.ports for read in port.reads)
-        n += self.write.n_multiplications if self.write is not None else 0
-        if isinstance(self.core, Attention):
-            q = self.ports[0].reads[0].widths
-            n += context * (sum(q) * (len(self.nodes) // len(q)) + sum(self.code_widths))
-        return n
 
 
 @dataclass(frozen=True, eq=False)
@@ -327,44 +204,19 @@ class Graph:
         already_cut = bool((self.possible_edges & ~self.edge_matrix).any())
         if already_cut and self.resample != (ablation == "resample"):
             raise InputError("edges cut by resampling and edges cut to a constant cannot be mixed in one graph")
-        table = self._mean_rows(means, cut) if ablation == "mean" else None
-        stages = tuple(self._cut_stage(s, cut, table) for s in range(len(self.stages)))
-        return dataclasses.replace(self, stages=stages, resample=ablation == "resample")
-
-    def _mean_rows(self, means: Mapping[str, Tensor] | None, cut: Tensor) -> Mapping[str, Tensor]:
-        if means is None:
-            raise InputError("mean ablation needs means=...; collect them with unweave.collect_means(graph, data)")
-        missing = [w for i, w in enumerate(self.writers) if w not in means and bool(cut[:, i].any())]
-        if missing:
-            raise InputError(f"no mean was given for {missing[0]}; collect means on this graph")
-        for i in cut.any(0).nonzero()[:, 0].tolist():
-            name, width = self.writers[i], self._stream_width(self.writers[i])
-            if means[name].ndim != 2 or means[name].shape[1] != width:
-                got = tuple(means[name].shape)
-                raise InputError(f"the mean of {name} must be [1, {width}] or [pos, {width}], got {got}")
-        return means
+        table = check_means(self.writers, means, cut, self._stream_width) if ablation == "mean" else None
+        stages = []
+        for s, stage in enumerate(self.stages):
+            rows = {p.name: slice(r := self.port_starts[s, p.name], r + len(stage.nodes)) for p in stage.ports}
+            heard = self.visible_writers(s)
+            gone = {name: cut[row, heard] for name, row in rows.items()}
+            stages.append(cut_stage(stage, gone, self.writers[heard], table))
+        return dataclasses.replace(self, stages=tuple(stages), resample=ablation == "resample")
 
     def _stream_width(self, writer: str) -> int:
         write = self.find(writer)[0].write
         assert write is not None
         return write.d_out
-
-    def _cut_stage(self, s: int, cut: Tensor, means: Mapping[str, Tensor] | None) -> Stage:
-        stage = self.stages[s]
-        names = self.writers[self.visible_writers(s)]
-        ports = []
-        for port in stage.ports:
-            row = self.port_starts[s, port.name]
-            gone = cut[row : row + len(stage.nodes), self.visible_writers(s)]
-            if not bool(gone.any()):
-                ports.append(port)
-                continue
-            edges = ~gone if port.edges is None else port.edges.cpu() & ~gone
-            offset = port.offset
-            if means is not None:
-                offset = _add_constants(offset, gone, [means.get(n) for n in names])
-            ports.append(dataclasses.replace(port, edges=edges.to(stage.device), offset=offset))
-        return dataclasses.replace(stage, ports=tuple(ports))
 
     def quotient(self, modules: Mapping[str, Iterable[str]]) -> Graph:
         """Group nodes into modules; the function computed is unchanged.
@@ -384,6 +236,45 @@ class Graph:
                     raise InputError(f"{node} is in two modules, {of[node]!r} and {module!r}")
                 of[node] = module
         return dataclasses.replace(self, modules=of)
+
+    def refine(self, parts: Mapping[str, int | Sequence[Sequence[int]]]) -> Graph:
+        """Split nodes into finer ones: neurons of an MLP into groups, a head's value coordinates into parts.
+
+        Part k of ``NODE`` is named ``NODE.part.k``; it hears what the node heard and writes its share, so that the
+        parts together write what the node wrote: the function is unchanged. All heads of a layer must be split into
+        equally many parts; where heads share values (grouped queries) each part stores its own copy of its rows.
+
+        Args:
+            parts: for each node, how many equal consecutive parts, or the code coordinates of each part.
+
+        Returns:
+            The finer graph; a module of the coarse one keeps all parts of its nodes.
+
+        Raises:
+            InputError: parts that do not cover every coordinate once, or a node that cannot be split.
+            UnknownNameError: an unknown node.
+
+        Exact?
+            Yes, up to floating-point summation order.
+
+        Example:
+            >>> import unweave
+            >>> graph = unweave.capture("zoo:modular_addition")
+            >>> finer = graph.refine({"blocks.0.mlp": 4})
+            >>> [n for n in finer.nodes if "mlp" in n][:2]
+            ['blocks.0.mlp.part.0', 'blocks.0.mlp.part.1']
+        """
+        wanted: dict[int, dict[int, Parts]] = {}
+        for node, given in parts.items():
+            stage, i = self.find(node)
+            wanted.setdefault(self.where[node][0], {})[i] = read_parts(node, given, stage.code_widths[i])
+        counts = {n: len(wanted.get(s, {}).get(i, ((),))) for n, (s, i) in self.where.items()}
+        stages = []
+        for s, stage in enumerate(self.stages):
+            stage = split_stage(stage, wanted[s]) if s in wanted else stage
+            stages.append(split_writers(stage, [counts[n] for n in self.writers[self.visible_writers(s)]]))
+        modules = {part: module for n, module in self.modules.items() for part in part_names(n, counts[n])}
+        return dataclasses.replace(self, stages=tuple(stages), modules=modules)
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Graph:
         """The graph on another device or in another precision (integers and rotary frequencies keep theirs)."""
@@ -518,23 +409,3 @@ def _stage_title(stage: Stage) -> str:
         return stage.nodes[0]
     stem = stage.nodes[0].rsplit(".", 1)[0]
     return f"{stem}.[{stage.nodes[0].rsplit('.', 1)[1]}..{stage.nodes[-1].rsplit('.', 1)[1]}]"
-
-
-def _add_constants(
-    offset: Float[Tensor, "nodes _ d_model"] | None,
-    gone: Bool[Tensor, "nodes writers"],
-    constants: list[Float[Tensor, "_ d_model"] | None],
-) -> Float[Tensor, "nodes _ d_model"]:
-    """Offsets after the writers marked as gone have been replaced by their constants."""
-    given = [(i, c) for i, c in enumerate(constants) if c is not None]
-    longest = max(c.shape[0] for _, c in given)
-    if any(c.shape[0] not in (1, longest) for _, c in given):
-        raise InputError("means per position must cover the same number of positions for every writer")
-    table = torch.stack([c.expand(longest, -1) for _, c in given])
-    weights = gone[:, [i for i, _ in given]].to(table)
-    added = torch.einsum("nw,wpd->npd", weights, table)
-    if offset is None:
-        return added
-    if offset.shape[1] != added.shape[1] and 1 not in (offset.shape[1], added.shape[1]):
-        raise InputError("means per position must cover the same number of positions in every cut")
-    return offset + added
