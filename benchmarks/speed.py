@@ -7,19 +7,21 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import tempfile
 import time
+from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
 from benchmarks.common import SHARED, fastest, model, save
 from unweave.capture import capture, load_model
-from unweave.compression import channel_moments
+from unweave.compression import channel_moments, survey
 from unweave.compression.allocation import Budgeter
 from unweave.execution import run
 from unweave.graph import Graph
 from unweave.scope import Scope
-from unweave.scoring import score_edges
 from unweave.statistics import collect_means
 
 
@@ -42,9 +44,10 @@ def forwards(name: str) -> dict[str, float]:
         return {what: fastest(lambda g=g: run(g, tokens), 15) / base for what, g in graphs.items()}
 
 
-def pipeline(name: str) -> float:
+def pipeline(name: str, n: int) -> float:
+    """Capture + statistics + scores + compression against forward + backward, over the same n sequences."""
     _, train, _ = model(name)
-    data = train.select(slice(0, 256))
+    data = train.select(slice(0, n))
     original = load_model(SHARED / "models" / name)
 
     def passes() -> None:
@@ -55,24 +58,24 @@ def pipeline(name: str) -> float:
 
     def ours() -> None:
         graph = capture(original, verify=False)
-        means = collect_means(graph, data.select(slice(0, 64)))
-        score_edges(graph, data, means=means, samples=1)
-        moments = channel_moments(graph, data.select(slice(0, 64)), Scope(), samples=1)
+        means = collect_means(graph, data)
+        _, moments = survey(graph, data, Scope(), means, samples=1)
         Budgeter(graph, moments).at_size(0.6)
 
-    return fastest(ours, 1) / fastest(passes, 1)
+    return fastest(ours, 2) / fastest(passes, 2)
 
 
-def peak_megabytes(n: int) -> float:
-    """Peak memory of scoring and moments over n sequences, in a process of its own."""
+def peak_megabytes(tokens: Path, n: int) -> float:
+    """Peak memory of scoring and moments over n sequences mapped from a file, in a process of its own."""
     code = (
         "import torch, resource, sys; torch.set_num_threads(1)\n"
-        "from benchmarks.common import model\n"
-        "from unweave.compression import channel_moments\n"
+        "from unweave import capture, collect_means, load_data\n"
+        "from unweave.compression import survey\n"
         "from unweave.scope import Scope\n"
-        "from unweave.scoring import score_edges\n"
-        f"graph, data, _ = model('stories260K'); data = data.select(slice(0, {n}))\n"
-        "score_edges(graph, data, samples=1); channel_moments(graph, data, Scope(), samples=1)\n"
+        f"graph = capture({str(SHARED / 'models' / 'stories260K')!r})\n"
+        f"data = load_data({str(tokens)!r}, context=128).select(slice(0, {n}))\n"
+        f"assert len(data) == {n}\n"
+        "survey(graph, data, Scope(), collect_means(graph, data), samples=1)\n"
         "sys.stdout.write(str(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024))\n"
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
@@ -85,10 +88,13 @@ def main() -> None:
     result: dict = {"forward_ratio": {}, "pipeline_ratio": {}, "peak_mb": {}}
     for name in ("stories260K", "pylm"):
         result["forward_ratio"][name] = forwards(name)
-        result["pipeline_ratio"][name] = pipeline(name)
+        result["pipeline_ratio"][name] = {n: pipeline(name, n) for n in (256, 1024)}
         print(result, flush=True)
-    for n in (64, 256, 1024):
-        result["peak_mb"][n] = peak_megabytes(n)
+    with tempfile.TemporaryDirectory() as folder:
+        tokens = Path(folder) / "tokens.npy"
+        np.save(tokens, model("stories260K")[1].tokens.numpy())
+        for n in (16, 64, 256, 1024, 4096):
+            result["peak_mb"][n] = peak_megabytes(tokens, n)
     print(result)
     save("speed", result, started, "python -m benchmarks.speed")
 

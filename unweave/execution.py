@@ -86,10 +86,12 @@ class ReadPlan:
 class PortPlan:
     """Which distinct sums the nodes of a port need.
 
-    ``table`` is None when every node hears everything and nothing was left in place of a cut edge.
+    ``table`` is None when every node hears everything and nothing was left in place of a cut edge. ``norm`` is one
+    object for all ports of a stage that normalise alike.
     """
 
     port: Port
+    norm: Norm | None
     reads: tuple[ReadPlan, ...]
     table: Bool[Tensor, "row writers"] | None
     row_of: Int[Tensor, " nodes"]
@@ -104,6 +106,18 @@ class StagePlan:
     ports: tuple[PortPlan, ...]
     write: LinearMap | None
     each_needed: bool
+
+    @cached_property
+    @torch.inference_mode(False)
+    def table(self) -> Bool[Tensor, "row writers"] | None:
+        """The tables of all ports that have one, so that one product makes all their sums."""
+        tables = [port.table for port in self.ports if port.table is not None]
+        return torch.cat(tables) if tables else None
+
+    @property
+    def rows(self) -> tuple[int, ...]:
+        """How many rows of :attr:`table` each of those ports has."""
+        return tuple(len(port.table) for port in self.ports if port.table is not None)
 
     @cached_property
     @torch.inference_mode(False)
@@ -134,19 +148,28 @@ def plan_of(graph: Graph) -> Plan:
 
 @torch.inference_mode(False)
 def _make_plan(graph: Graph) -> Plan:
-    ports = [tuple(_plan_port(stage, port, graph.resample) for port in stage.ports) for stage in graph.stages]
+    ports = [tuple(_plan_port(stage, port) for port in stage.ports) for stage in graph.stages]
     needed = _stages_needed_apart(graph, ports)
     stages = tuple(StagePlan(stage, ports[s], _pad_write(stage), s in needed) for s, stage in enumerate(graph.stages))
     return Plan(stages)
 
 
-def _plan_port(stage: Stage, port: Port, resample: bool) -> PortPlan:
+def _alike(a: Norm | None, b: Norm | None) -> bool:
+    """Whether two norms are one: the same kind with the very same gain."""
+    if a is None or b is None or type(a) is not type(b):
+        return a is b
+    fields = [(getattr(a, f.name), getattr(b, f.name)) for f in dataclasses.fields(a)]  # type: ignore[arg-type]
+    return all(x is y or (not isinstance(x, Tensor) and x == y) for x, y in fields)
+
+
+def _plan_port(stage: Stage, port: Port) -> PortPlan:
+    norm = next(p.norm for p in stage.ports if _alike(p.norm, port.norm))
     reads = tuple(_pad_read(stage, read) for read in port.reads)
     n = len(stage.nodes)
     device = port.edges.device if port.edges is not None else None
     everything = port.edges is None or bool(port.edges.all())
     if everything and port.offset is None:
-        return PortPlan(port, reads, None, torch.zeros(n, dtype=torch.long, device=device), None)
+        return PortPlan(port, norm, reads, None, torch.zeros(n, dtype=torch.long, device=device), None)
     edges = port.edges if port.edges is not None else torch.ones(n, 1, dtype=torch.bool)
     key = edges.to(torch.float32)
     if port.offset is not None:
@@ -157,7 +180,7 @@ def _plan_port(stage: Stage, port: Port, resample: bool) -> PortPlan:
     # rows in the order of their first nodes: where all nodes differ, row r is node r
     first, row_of = torch.unique((alike[:, None] == alike).int().argmax(1), return_inverse=True)
     table = None if port.edges is None else edges[first]
-    return PortPlan(port, reads, table, row_of, None if port.offset is None else port.offset[first])
+    return PortPlan(port, norm, reads, table, row_of, None if port.offset is None else port.offset[first])
 
 
 def _pad_read(stage: Stage, read: Read) -> ReadPlan:
@@ -166,20 +189,29 @@ def _pad_read(stage: Stage, read: Read) -> ReadPlan:
     copies = len(stage.nodes) // blocks
     if min(read.widths) == width:
         bias = None if read.bias is None else rearrange(read.bias, "(b w) -> b w", b=blocks)
-        return ReadPlan(read.map, bias, blocks, width, copies)
+        return ReadPlan(_cheapest(read.map), bias, blocks, width, copies)
     device = stage.device
     widths = torch.tensor(read.widths, device=device)[:, None]
     column = torch.arange(width, device=device)
     index = torch.where(column < widths, widths.cumsum(0) - widths + column, -1)
     flat = index.flatten()
     bias = None if read.bias is None else torch.where(index >= 0, read.bias[index.clamp(min=0)], 0.0)
-    return ReadPlan(read.map.select_outputs(flat), bias, blocks, width, copies)
+    return ReadPlan(_cheapest(read.map.select_outputs(flat)), bias, blocks, width, copies)
+
+
+def _cheapest(map_: LinearMap) -> LinearMap:
+    """The same map in the form that takes fewest multiplications: one matrix, or two with a narrow code between."""
+    if isinstance(map_, LowRank):
+        rank = map_.left.shape[1]
+        if rank * (map_.d_in + map_.d_out) < map_.d_in * map_.d_out:
+            return LowRank(map_.left, Dense(map_.right.dense()))
+    return map_ if isinstance(map_, (Dense, Identity)) else Dense(map_.dense())
 
 
 def _pad_write(stage: Stage) -> LinearMap | None:
     widths = stage.code_widths
     if stage.write is None or len(set(widths)) == 1:
-        return stage.write
+        return stage.write and _cheapest(stage.write)
     widest, columns = max(widths), stage.write.dense().split(list(widths), dim=1)
     padded = [torch.nn.functional.pad(block, (0, widest - block.shape[1])) for block in columns]
     return Dense(torch.cat(padded, dim=1))
@@ -289,10 +321,13 @@ def run_stages(t: Trace, start: int, hooks: _Hooks | None = None) -> None:
 def _run_stage(t: Trace, s: int, hooks: _Hooks) -> None:
     plan = t.plan.stages[s]
     reads: list[Tensor] = []
-    for port in plan.ports:
-        x = _hear(t, plan.stage, port)
-        x = hooks.port(t, s, port, x)
-        normed = port.port.norm.apply(x) if port.port.norm is not None else x
+    normed_once: dict[tuple[int, int], Tensor] = {}  # ports that hear the same often share their norm, too
+    for port, heard in zip(plan.ports, _hear(t, plan), strict=True):
+        x = hooks.port(t, s, port, heard)
+        norm, key = port.norm, (id(x), id(port.norm))
+        if key not in normed_once:
+            normed_once[key] = x if norm is None else norm.apply(x)
+        normed = normed_once[key]
         if x.shape[1] == 1:
             got = tuple(read.shared(normed[:, 0]) for read in port.reads)
         else:
@@ -355,27 +390,31 @@ def _write_each(
     return each * post.scale(each.sum(1, keepdim=True))
 
 
-def _hear(t: Trace, stage: Stage, plan: PortPlan) -> Float[Tensor, "batch row pos d_model"]:
-    """The distinct sums that the nodes of a port hear."""
-    lo, hi = stage.visible
-    everything = t.stream(lo, hi)
-    if plan.table is None and plan.offset is None:
-        return everything[:, None]
-    x = everything[:, None] if plan.table is None else _cut_sums(t, lo, hi, plan.table, everything)
-    if plan.offset is not None:
-        x = x + _at_positions(plan.offset, x.shape[2]).to(x.dtype)
-    return x
+def _hear(t: Trace, plan: StagePlan) -> list[Float[Tensor, "batch row pos d_model"]]:
+    """For each port, the distinct sums that its nodes hear."""
+    if not plan.ports:
+        return []
+    lo, hi = plan.stage.visible
+    everything = t.stream(lo, hi)[:, None]
+    heard = [everything] * len(plan.ports)
+    if plan.table is not None:
+        sums = iter(_cut_sums(t, lo, hi, plan.table, everything).split(list(plan.rows), dim=1))
+        heard = [everything if port.table is None else next(sums) for port in plan.ports]
+    return [
+        x if port.offset is None else x + _at_positions(port.offset, x.shape[2]).to(x.dtype)
+        for port, x in zip(plan.ports, heard, strict=True)
+    ]
 
 
 def _cut_sums(
-    t: Trace, lo: int, hi: int, table: Bool[Tensor, "row writers"], everything: Float[Tensor, "batch pos d"]
+    t: Trace, lo: int, hi: int, table: Bool[Tensor, "row writers"], everything: Float[Tensor, "batch 1 pos d"]
 ) -> Float[Tensor, "batch row pos d"]:
     """Row r: the sum of the writers marked in table[r], plus what is never cut (biases)."""
     written = t.written(lo, hi)
     columns = (~table).any(0).nonzero()[:, 0]
     whole = everything.dtype == torch.float32 and 2 * len(columns) < table.shape[1]
     if whole:  # few writers are cut somewhere: subtract those from the shared sum
-        sums = everything[:, None] - _weigh(~table[:, columns], written[:, columns])
+        sums = everything - _weigh(~table[:, columns], written[:, columns])
     else:
         sums = _weigh(table, written)
         biases = [stage.stage.bias for stage in t.plan.stages[lo:hi] if stage.stage.bias is not None]

@@ -17,14 +17,14 @@ from unweave import __version__
 from unweave.capture import capture, load_tokenizer
 from unweave.compression.allocation import Budgeter, compress
 from unweave.compression.baselines import activation_svd, plain_svd
-from unweave.compression.moments import ChannelMoments, channel_moments
+from unweave.compression.moments import ChannelMoments, channel_moments, survey
 from unweave.compression.refinement import refine_factors
 from unweave.data import TokenData, load_data
 from unweave.errors import InputError
 from unweave.evaluation import Estimate, Faithfulness, evaluate
 from unweave.graph import Graph
 from unweave.scope import Scope, describe
-from unweave.scoring import EdgeScores, score_edges
+from unweave.scoring import EdgeScores, calibrate
 from unweave.statistics import collect_means
 from unweave.storage import save_graph
 from unweave.subspaces import favoured_tokens, node_subspaces, read_tokens
@@ -119,7 +119,7 @@ def decompile(
     graph = compress(original, train, scope, moments=moments, batch_size=batch_size, **budget)
     if refine_steps:
         graph = refine_factors(graph, original, train, scope, steps=refine_steps, seed=seed, **options)
-    scores = score_edges(graph, train, scope, measure_top=measure_top, seed=seed, **options)
+    scores, graph_moments = _survey(graph, train, scope, measure_top, seed, options)
     share = graph.n_channel_parameters / original.n_channel_parameters
     rivals = _rivals(original, moments, share)
     faithfulness = evaluate({"decompiled graph": graph, **rivals}, original, test, scope, means=means, **options)
@@ -127,9 +127,18 @@ def decompile(
     graph = dataclasses.replace(
         graph, info={**graph.info, "model": str(model) if not isinstance(model, nn.Module) else ""}
     )
-    report = _report(graph, original, scores, faithfulness, curve, train, test, scope, tokenizer, rivals, batch_size)
+    report = _report(graph, original, scores, faithfulness, curve, train, test, scope, tokenizer, rivals, graph_moments)
     report["provenance"] = _provenance(model, data, budget, refine_steps, seed, started)
     return Decompiled(graph, original, scores, faithfulness, curve, report)
+
+
+def _survey(
+    graph: Graph, data: TokenData, scope: Scope, measure_top: int, seed: int, options: Mapping[str, Any]
+) -> tuple[EdgeScores, dict[int, ChannelMoments]]:
+    """The compressed graph's own scores, the largest of them measured, and what its channels read and write."""
+    means = collect_means(graph, data, **options)
+    scores, moments = survey(graph, data, scope, means, seed=seed, **options)
+    return calibrate(scores, data, scope, means, measure_top, **options) if measure_top else scores, moments
 
 
 def _default_scope(model: str | Path | nn.Module) -> Scope:
@@ -231,11 +240,10 @@ def _report(
     scope: Scope,
     tokenizer: Any,
     rivals: Mapping[str, Graph],
-    batch_size: int,
+    moments: Mapping[int, ChannelMoments],
 ) -> dict[str, Any]:
     """Everything a page needs, as plain data."""
     sizes = {"decompiled graph": graph, "original": original, **rivals}
-    moments = channel_moments(graph, train, scope, batch_size=batch_size, progress=False)
     n_in, n_out = original.info.get("d_vocab", 0), original.info["d_out"]
     tokens = token_strings(tokenizer, max(n_in, n_out)) if n_in else [f"[{i}]" for i in range(n_out)]
     return {

@@ -20,7 +20,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -32,10 +32,20 @@ from unweave.data import Batch, TokenData
 from unweave.errors import EmptyDataError, InputError
 from unweave.execution import PortPlan, Trace, check_inputs, finish_stage, run_stages, trace
 from unweave.graph import Edge, Graph
-from unweave.scope import Scope, divergence, fisher_cotangent, metric, position_mask
-from unweave.statistics import Sums, accumulate, check_finite, collect_means
+from unweave.scope import Scope, divergence, metric, position_mask
+from unweave.statistics import (
+    FisherPass,
+    Gradients,
+    Sums,
+    Tally,
+    accumulate,
+    check_finite,
+    collect_means,
+    differentiable_trace,
+    gradients_of,
+)
 
-__all__ = ["METHODS", "EdgeScores", "Means", "calibrate", "measure_edges", "score_edges"]
+__all__ = ["METHODS", "EdgeMeasure", "EdgeScores", "Means", "calibrate", "measure_edges", "score_edges", "scores_from"]
 
 METHODS = ("fisher", "eap", "eap-ig", "exact")
 Means = Mapping[str, Tensor]
@@ -166,15 +176,15 @@ def score_edges(
     options: dict[str, Any] = {"batch_size": batch_size, "progress": progress, "checkpoint": checkpoint}
     if method == "exact":
         return measure_edges(graph, data, scope, graph.edge_matrix, means, **options)
-    step: _FisherStep | _GradientStep
+    step: FisherPass | _GradientStep
     if method == "fisher":
-        step = _FisherStep(graph, scope, means, samples, seed)
+        step = FisherPass(graph, scope, samples, seed, (EdgeMeasure(scope, means),))
     else:
         step = _GradientStep(graph, scope, means, steps if method == "eap-ig" else 0)
     sums = accumulate(
         data, step, description=f"scoring edges ({method})", fingerprint=f"{method}-{samples}-{seed}", **options
     )
-    scores = _finish(graph, sums, method, len(data))
+    scores = scores_from(graph, sums, method, len(data))
     return calibrate(scores, data, scope, means, measure_top, **options) if measure_top else scores
 
 
@@ -182,29 +192,33 @@ def score_edges(
 
 
 @dataclass(frozen=True)
-class _FisherStep:
-    """Sums over a batch for method "fisher"."""
+class EdgeMeasure:
+    """Method "fisher" as a measure of a :class:`FisherPass`."""
 
-    graph: Graph
     scope: Scope
     means: Means
-    samples: int
-    seed: int
 
-    def __call__(self, batch: Batch) -> Sums:
-        t = _differentiable_trace(self.graph, batch)
-        generator = torch.Generator(self.graph.device).manual_seed(self.seed * 1_000_003 + int(batch.index[0]))
-        products = _Products(t, self.means, BLOCK)
-        whole, blocked, nodes = [], [], []
-        for sample in range(self.samples):
-            cotangent = fisher_cotangent(self.scope, t.output.detach(), batch, generator)
-            by_block = products(t, t.output, cotangent, retain=sample < self.samples - 1)
-            total = by_block.sum(1)
-            whole.append(0.5 * total.square())
-            blocked.append(0.5 * by_block.square().sum(1))
-            nodes.append(0.5 * total.sum(1).square())
-        values = {"edge": whole, "block": blocked, "node": nodes}
-        return _moments({k: torch.stack(v).mean(0) for k, v in values.items()}, self.scope, batch)
+    def __call__(self, t: Trace, batch: Batch) -> Tally:
+        return _EdgeTally(self.scope, batch, _Products(t, self.means, BLOCK))
+
+
+@dataclass
+class _EdgeTally:
+    scope: Scope
+    batch: Batch
+    products: _Products
+    gathered: dict[str, list[Tensor]] = field(default_factory=lambda: {"edge": [], "block": [], "node": []})
+
+    def add(self, gradients: Gradients) -> None:
+        by_block = self.products(gradients)
+        whole = by_block.sum(1)
+        self.gathered["edge"].append(0.5 * whole.square())
+        self.gathered["block"].append(0.5 * by_block.square().sum(1))
+        self.gathered["node"].append(0.5 * whole.sum(1).square())
+
+    def sums(self) -> Sums:
+        mean = {name: torch.stack(values).mean(0) for name, values in self.gathered.items()}
+        return _moments(mean, self.scope, self.batch)
 
 
 @dataclass(frozen=True)
@@ -219,18 +233,19 @@ class _GradientStep:
     def __call__(self, batch: Batch) -> Sums:
         with torch.no_grad():
             clean = trace(self.graph, check_inputs(self.graph, batch.inputs, batch.mask), keep=True)
-        products = _Products(clean, self.means, clean.context.n_pos)
+        n_pos = clean.context.n_pos
+        written = _Products(clean, self.means, n_pos).written
         signed = self.scope.divergence == "logit_difference"
         # the KL is flat at the network itself: without steps, its gradient is taken at the mean embedding
         shares = [k / self.steps for k in range(1, self.steps + 1)] if self.steps else [1.0 if signed else 0.0]
         total = []
         for share in shares:
-            t = _differentiable_trace(self.graph, batch, self._mixed_embedding(share))
+            t = differentiable_trace(self.graph, batch, self._mixed_embedding(share))
             if signed:
                 value = metric(self.scope, t.output, batch).sum()
             else:
                 value = -divergence(self.scope, clean.output, t.output, batch).sum()
-            total.append(products(t, value, None, retain=False).sum(1))
+            total.append(_Products(t, self.means, n_pos, written)(gradients_of(t, value)).sum(1))
         edges = torch.stack(total).mean(0)
         return _moments({"edge": edges, "node": edges.sum(1)}, self.scope, batch)
 
@@ -238,17 +253,6 @@ class _GradientStep:
         first = self.graph.writers[0]
         mean = self.means[first]
         return {first: lambda y: mean[: y.shape[1]] + share * (y - mean[: y.shape[1]])}
-
-
-def _differentiable_trace(graph: Graph, batch: Batch, patch: Any = None) -> Trace:
-    """A kept run whose reads can be differentiated, though no weight asks for gradients."""
-    first = graph.writers[0]
-    inner = (patch or {}).get(first, lambda y: y)
-    context = check_inputs(graph, batch.inputs, batch.mask)
-    with torch.enable_grad():
-        t = trace(graph, context, keep=True, patch={first: lambda y: inner(y).detach().requires_grad_()})
-    check_finite(t, batch)
-    return t
 
 
 class _Products:
@@ -262,19 +266,22 @@ class _Products:
     per block over all nodes, with no copy between them.
     """
 
-    def __init__(self, t: Trace, means: Means, block: int) -> None:
-        self.block = min(block, t.context.n_pos)
+    def __init__(self, t: Trace, means: Means, block: int, written: list[Tensor] | None = None) -> None:
+        self.t, self.block = t, min(block, t.context.n_pos)
         self.one_stream = all(stage.visible[0] == 0 for stage in t.graph.stages)
         self.folded: dict[tuple[int, str], list[Tensor]] = {}
-        self.seen: dict[tuple[int, str], tuple[Tensor, tuple[Tensor, Tensor, list[Tensor]]]] = {}
+        self.normed: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
+        self.along: dict[tuple[int, str], list[Tensor]] = {}
         with torch.no_grad():
-            written = [self._written(t, s, means) for s in range(len(t.graph.stages) - 1)]
-            # one residual stream: every stage sees a prefix of one stack
-            self.written = [torch.cat(written)] if self.one_stream else written
+            self.written = self._differences(means) if written is None else written
 
-    def _written(self, t: Trace, s: int, means: Means) -> Float[Tensor, "node batch_block within d"]:
-        mean = torch.stack([means[name][: t.context.n_pos] for name in t.graph.stages[s].nodes])
-        return self._blocks(t.node_writes(s).detach().float() - mean)
+    def _differences(self, means: Means) -> list[Float[Tensor, "node batch_block within d"]]:
+        """y_i - m_i by stage; with one residual stream, every stage sees a prefix of one stack."""
+        out = []
+        for s, stage in enumerate(self.t.graph.stages[:-1]):
+            mean = torch.stack([means[name][: self.t.context.n_pos] for name in stage.nodes])
+            out.append(self._blocks(self.t.node_writes(s).detach().float() - mean))
+        return [torch.cat(out)] if self.one_stream else out
 
     def _blocks(self, x: Float[Tensor, "batch n pos d"]) -> Float[Tensor, "n batch_block within d"]:
         short = -x.shape[2] % self.block
@@ -288,62 +295,51 @@ class _Products:
             heard = torch.cat(self.written[slice(*graph.stages[s].visible)])
         return rearrange(heard, "n b w d -> b (w d) n")
 
-    def __call__(
-        self, t: Trace, output: Tensor, cotangent: Tensor | None, *, retain: bool
-    ) -> Float[Tensor, "batch block ports writers"]:
-        keys = list(t.reads)
-        flat = [r for key in keys for r in t.reads[key]]
-        got = iter(torch.autograd.grad(output, flat, cotangent, retain_graph=retain))
-        grads = {key: [next(got) for _ in t.reads[key]] for key in keys}
-        graph, stack = t.graph, self.written[0]
-        with torch.no_grad():
-            out = stack.new_zeros(stack.shape[1], len(graph.ports), len(graph.writers))
-            for s, stage in enumerate(t.plan.stages):
-                for port in stage.ports:
-                    g = self._gradient(t, s, port, grads[s, port.port.name])
-                    row = graph.port_starts[s, port.port.name]
-                    product = rearrange(g, "n b w d -> b n (w d)") @ self._heard(graph, s)
-                    out[:, row : row + len(g), graph.visible_writers(s)] = product
-            if graph.n_edges < int(graph.possible_edges.sum()):
-                out *= graph.edge_matrix.to(out)
-            return rearrange(out, "(b k) p w -> b k p w", b=t.context.inputs.shape[0])
+    @torch.no_grad()
+    def __call__(self, gradients: Gradients) -> Float[Tensor, "batch block ports writers"]:
+        graph, stack = self.t.graph, self.written[0]
+        out = stack.new_zeros(stack.shape[1], len(graph.ports), len(graph.writers))
+        for s, stage in enumerate(self.t.plan.stages):
+            for port in stage.ports:
+                g = self._gradient(s, port, gradients.reads[s, port.port.name])
+                row = graph.port_starts[s, port.port.name]
+                product = rearrange(g, "n b w d -> b n (w d)") @ self._heard(graph, s)
+                out[:, row : row + len(g), graph.visible_writers(s)] = product
+        if graph.n_edges < int(graph.possible_edges.sum()):
+            out *= graph.edge_matrix.to(out)
+        return rearrange(out, "(b k) p w -> b k p w", b=self.t.context.inputs.shape[0])
 
-    def _gradient(
-        self, t: Trace, s: int, port: PortPlan, grads: list[Tensor]
-    ) -> Float[Tensor, "node batch_block within d"]:
+    def _gradient(self, s: int, port: PortPlan, grads: list[Tensor]) -> Float[Tensor, "node batch_block within d"]:
         """The gradient at what each node hears."""
-        norm, key = port.port.norm, (s, port.port.name)
+        key = (s, port.port.name)
         if key not in self.folded:
-            self.folded[key] = [read.folded(norm).float() for read in port.reads]
+            self.folded[key] = [read.folded(port.norm).float() for read in port.reads]
         folded = self.folded[key]
-        if norm is None:
+        if port.norm is None:
             g = sum(_per_node(self._blocks(a.float()), f) for a, f in zip(grads, folded, strict=True))
             assert isinstance(g, Tensor)
             return g
-        inverse, n, along = self._standardised(t, key, port, folded)
+        inverse, n = self._standardised(key, port)
+        if key not in self.along:
+            self.along[key] = [_per_node(n, f.transpose(1, 2)) for f in folded]
         blocks = [self._blocks(a.float() * inverse) for a in grads]
         g = _per_node(blocks[0], folded[0])
         for a, f in zip(blocks[1:], folded[1:], strict=True):
             g += _per_node(a, f)
-        weight = sum((a * e).sum(-1, keepdim=True) for a, e in zip(blocks, along, strict=True))
+        weight = sum((a * e).sum(-1, keepdim=True) for a, e in zip(blocks, self.along[key], strict=True))
         assert isinstance(weight, Tensor)
         return g.addcmul_(weight, n, value=-1.0 / n.shape[-1])
 
-    def _standardised(
-        self, t: Trace, key: tuple[int, str], port: PortPlan, folded: list[Tensor]
-    ) -> tuple[Tensor, Tensor, list[Tensor]]:
-        """s, n and F n of a port's input; the same for every cotangent of one run."""
-        cached = self.seen.get(key)
-        if cached is not None and cached[0] is t.inputs[key]:
-            return cached[1]
-        x = t.inputs[key].detach().float()
-        norm, nodes = port.port.norm, folded[0].shape[0]
-        assert norm is not None
-        n, inverse = norm.standardise(x if x.shape[1] in (1, nodes) else x[:, port.row_of])
-        n = self._blocks(n)
-        value = inverse, n, [_per_node(n, f.transpose(1, 2)) for f in folded]
-        self.seen[key] = t.inputs[key], value
-        return value
+    def _standardised(self, key: tuple[int, str], port: PortPlan) -> tuple[Tensor, Tensor]:
+        """s and n of a port's input, made once for all cotangents and for all ports that hear and normalise alike."""
+        heard = self.t.inputs[key]
+        shared = (id(heard), id(port.norm))
+        if shared not in self.normed:
+            assert port.norm is not None
+            x, nodes = heard.detach().float(), len(port.row_of)
+            n, inverse = port.norm.standardise(x if x.shape[1] in (1, nodes) else x[:, port.row_of])
+            self.normed[shared] = inverse, self._blocks(n)
+        return self.normed[shared]
 
 
 def _per_node(x: Float[Tensor, "#node batch_block within w"], weight: Float[Tensor, "node w d"]) -> Tensor:
@@ -373,7 +369,12 @@ def _mean_and_error(sums: Sums, name: str, n: int) -> tuple[Tensor, Tensor]:
     return ratio.float().cpu(), error.float().cpu()
 
 
-def _finish(graph: Graph, sums: Sums, method: str, n: int) -> EdgeScores:
+def scores_from(graph: Graph, sums: Sums, method: str, n: int) -> EdgeScores:
+    """The scores in the sums of a pass over ``n`` sequences.
+
+    Raises:
+        EmptyDataError: the scope selected no position.
+    """
     if float(sums["tokens"]) == 0:
         raise EmptyDataError("the scope selects no position of this data set")
     nats, se = _mean_and_error(sums, "edge", n)
@@ -470,7 +471,7 @@ def measure_edges(
     marks = "".join("01"[int(b)] for b in edges.flatten().tolist())
     fingerprint = f"exact-{hashlib.sha256(marks.encode()).hexdigest()[:16]}"
     sums = accumulate(data, step, description="measuring edges", fingerprint=fingerprint, **options)
-    scores = _finish(graph, sums, "exact", len(data))
+    scores = scores_from(graph, sums, "exact", len(data))
     unknown = ~edges
     nan = torch.full_like(scores.node_nats, torch.nan)
     return dataclasses.replace(

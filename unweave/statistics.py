@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -17,12 +19,25 @@ from torch import Tensor
 
 from unweave.data import Batch, TokenData
 from unweave.errors import EmptyDataError, NonFiniteError
-from unweave.execution import Trace, check_inputs, trace
+from unweave.execution import Trace, check_inputs, plan_of, trace
 from unweave.files import Checkpoint
-from unweave.graph import Graph
+from unweave.graph import CHANNEL_KINDS, Graph
+from unweave.ops import Identity
 from unweave.progress import track
+from unweave.scope import Scope, fisher_cotangent
 
-__all__ = ["Sums", "accumulate", "check_finite", "collect_means", "merge"]
+__all__ = [
+    "FisherPass",
+    "Gradients",
+    "Sums",
+    "Tally",
+    "accumulate",
+    "check_finite",
+    "collect_means",
+    "differentiable_trace",
+    "gradients_of",
+    "merge",
+]
 
 Sums = dict[str, Tensor]
 SECONDS_BETWEEN_CHECKPOINTS = 30.0
@@ -102,7 +117,8 @@ def collect_means(
     """What each node writes on average: the constants of mean ablation.
 
     mean_i = sum over real tokens of y_i / number of real tokens; with ``per_position``, one mean for each
-    position (positions no text reaches get the overall mean).
+    position (positions no text reaches get the overall mean). What a node writes is linear in its code, so codes are
+    averaged, which are shorter; only where the writes pass another norm (Gemma) are they averaged themselves.
 
     Returns:
         A mapping from every writer to ``[1, d_model]`` or ``[n_pos, d_model]``, float32.
@@ -116,12 +132,12 @@ def collect_means(
 
     @torch.no_grad()
     def step(batch: Batch) -> Sums:
-        t = trace(graph, check_inputs(graph, batch.inputs, batch.mask), apart=True)
+        t = trace(graph, check_inputs(graph, batch.inputs, batch.mask), keep=True)
         check_finite(t, batch)
         weight = batch.mask.to(graph.device, torch.float64)
         out: Sums = {"tokens": weight.sum(0) if per_position else weight.sum()[None]}
-        for s in range(len(graph.stages) - 1):
-            each = t.node_writes(s)
+        for s, stage in enumerate(graph.stages[:-1]):
+            each = t.codes[s] if stage.post is None else t.node_writes(s)
             kept = "t" if per_position else ""
             sums = torch.einsum(f"bntd,bt->n{kept}d", each.to(torch.float64), weight)
             out[str(s)] = sums if per_position else sums[:, None]
@@ -141,8 +157,17 @@ def collect_means(
     for s, stage in enumerate(graph.stages[:-1]):
         overall = sums[str(s)].sum(1, keepdim=True) / tokens.sum()
         mean = torch.where(tokens[None, :, None] > 0, sums[str(s)] / tokens.clamp(min=1)[None, :, None], overall)
+        if stage.post is None:
+            mean = _write_means(graph, s, mean)
         means |= {name: mean[i].float().to(graph.device) for i, name in enumerate(stage.nodes)}
     return means
+
+
+def _write_means(graph: Graph, s: int, codes: Float[Tensor, "nodes #pos width"]) -> Float[Tensor, "nodes #pos d_model"]:
+    """What the nodes of stage s write at these codes, in the codes' precision."""
+    plan = plan_of(graph).stages[s]
+    assert plan.write is not None
+    return codes if isinstance(plan.write, Identity) else codes @ plan.node_write.to(codes)
 
 
 def check_finite(t: Trace, batch: Batch) -> None:
@@ -163,3 +188,77 @@ def check_finite(t: Trace, batch: Batch) -> None:
                 f"{stage.nodes[0] if len(stage.nodes) == 1 else 'one of ' + ', '.join(stage.nodes)} writes NaN or inf "
                 f"on sequences {sequences}; lower the precision's demands (float32), or look at these inputs"
             )
+
+
+# ---- one backward pass per cotangent, shared by all that is computed from it ------------------------------
+
+
+@dataclass(frozen=True)
+class Gradients:
+    """Gradients of one cotangent.
+
+    Attributes:
+        reads: by (stage, port), at each read ``[batch node pos width]``.
+        totals: by channel stage, at what the stage writes ``[batch pos d_model]``.
+    """
+
+    reads: dict[tuple[int, str], list[Tensor]]
+    totals: dict[int, Tensor] = field(default_factory=dict)
+
+
+@runtime_checkable
+class Tally(Protocol):
+    """What one measure has gathered on one batch."""
+
+    def add(self, gradients: Gradients) -> None:
+        """Take in the gradients of one more cotangent."""
+
+    def sums(self) -> Sums:
+        """The sums over the batch, when all cotangents are in."""
+
+
+@dataclass(frozen=True)
+class FisherPass:
+    """A step for :func:`accumulate`: one forward and ``samples`` backward passes, whatever is measured on them.
+
+    Attributes:
+        measures: each starts a :class:`Tally` on a run and its batch; their sums are joined under their names.
+    """
+
+    graph: Graph
+    scope: Scope
+    samples: int
+    seed: int
+    measures: tuple[Callable[[Trace, Batch], Tally], ...]
+
+    def __call__(self, batch: Batch) -> Sums:
+        t = differentiable_trace(self.graph, batch)
+        generator = torch.Generator(self.graph.device).manual_seed(self.seed * 1_000_003 + int(batch.index[0]))
+        tallies = [measure(t, batch) for measure in self.measures]
+        for sample in range(self.samples):
+            cotangent = fisher_cotangent(self.scope, t.output.detach(), batch, generator)
+            gradients = gradients_of(t, t.output, cotangent, retain=sample < self.samples - 1)
+            for tally in tallies:
+                tally.add(gradients)
+        return {name: value for tally in tallies for name, value in tally.sums().items()}
+
+
+def differentiable_trace(graph: Graph, batch: Batch, patch: Any = None) -> Trace:
+    """A kept run whose reads can be differentiated, though no weight asks for gradients."""
+    first = graph.writers[0]
+    inner = (patch or {}).get(first, lambda y: y)
+    context = check_inputs(graph, batch.inputs, batch.mask)
+    with torch.enable_grad():
+        t = trace(graph, context, keep=True, patch={first: lambda y: inner(y).detach().requires_grad_()})
+    check_finite(t, batch)
+    return t
+
+
+def gradients_of(t: Trace, output: Tensor, cotangent: Tensor | None = None, *, retain: bool = False) -> Gradients:
+    """The gradients of an output of a run at all its reads and, where no edge is cut, at its totals."""
+    whole = t.graph.n_edges == int(t.graph.possible_edges.sum())
+    stages = [s for s, stage in enumerate(t.graph.stages) if whole and stage.kind in CHANNEL_KINDS and stage.write]
+    flat = [r for reads in t.reads.values() for r in reads] + [t.total[s] for s in stages]
+    got = iter(torch.autograd.grad(output, flat, cotangent, retain_graph=retain))
+    reads = {key: [next(got) for _ in reads] for key, reads in t.reads.items()}
+    return Gradients(reads, {s: next(got) for s in stages})

@@ -6,7 +6,7 @@ forms, ``refinement`` for the short training that can follow.
 """
 
 from unweave.compression.allocation import compress
-from unweave.compression.moments import ChannelMoments, channel_moments
+from unweave.compression.moments import ChannelMoments, channel_moments, survey
 from unweave.compression.refinement import refine_factors
 
-__all__ = ["ChannelMoments", "channel_moments", "compress", "refine_factors"]
+__all__ = ["ChannelMoments", "channel_moments", "compress", "refine_factors", "survey"]

@@ -20,6 +20,8 @@ from unweave.scope import Scope, divergence, position_mask
 __all__ = ["Budgeter", "compress"]
 
 PRICE_STEPS = 40
+# the share of all numbers below which looking for a use of them costs more time than it saves nats
+WORTH_SPENDING = 1e-3
 
 
 def compress(
@@ -119,8 +121,8 @@ class Budgeter:
 
     def _spend(self, chosen: list[Choice], spare: float) -> list[Choice]:
         """Use what one price for all has left over, where it saves most."""
-        chosen = list(chosen)
-        for _ in self.parts:
+        chosen, little = list(chosen), WORTH_SPENDING * self.graph.n_channel_parameters
+        while spare > little:
             larger = [part.within(c.numbers + spare) for (_, part), c in zip(self.parts, chosen, strict=True)]
             fits = [n.numbers <= c.numbers + spare for n, c in zip(larger, chosen, strict=True)]
             gains = [(c.nats - n.nats) * ok for n, c, ok in zip(larger, chosen, fits, strict=True)]

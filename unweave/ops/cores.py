@@ -190,6 +190,10 @@ class Rotary:
         return torch.cat((a * cos - b * sin, b * cos + a * sin, *rest), dim=-1)
 
 
+def _widen(x: Tensor, width: int) -> Tensor:
+    return x if x.shape[-1] == width else F.pad(x, (0, width - x.shape[-1]))
+
+
 @tree.register
 @dataclass(frozen=True, eq=False)
 class Attention(Core):
@@ -276,7 +280,10 @@ class Attention(Core):
         seen = self.visible(context)
         causal = self.causal and seen is None
         v = self._per_query_head(v)
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=seen, is_causal=causal, scale=self.scale)
+        # the fused kernels want queries, keys and values of one width; zeros change nothing
+        q, k, padded = (_widen(x, max(q.shape[-1], v.shape[-1])) for x in (q, k, v))
+        codes = F.scaled_dot_product_attention(q, k, padded, attn_mask=seen, is_causal=causal, scale=self.scale)
+        return codes[..., : v.shape[-1]]
 
     @property
     def n_parameters(self) -> int:
