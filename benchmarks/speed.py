@@ -68,7 +68,7 @@ def pipeline(name: str, n: int) -> float:
 def peak_megabytes(tokens: Path, n: int) -> float:
     """Peak memory of scoring and moments over n sequences mapped from a file, in a process of its own."""
     code = (
-        "import torch, resource, sys; torch.set_num_threads(1)\n"
+        "import re, sys, torch; torch.set_num_threads(1)\n"
         "from unweave import capture, collect_means, load_data\n"
         "from unweave.compression import survey\n"
         "from unweave.scope import Scope\n"
@@ -76,10 +76,11 @@ def peak_megabytes(tokens: Path, n: int) -> float:
         f"data = load_data({str(tokens)!r}, context=128).select(slice(0, {n}))\n"
         f"assert len(data) == {n}\n"
         "survey(graph, data, Scope(), collect_means(graph, data), samples=1)\n"
-        "sys.stdout.write(str(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024))\n"
+        # not getrusage: its peak includes that of the process that started this one
+        "sys.stdout.write(re.search(r'VmHWM:\\s+(\\d+)', open('/proc/self/status').read())[1])\n"
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    return float(out.stdout.split()[-1])
+    return float(out.stdout.split()[-1]) / 1024
 
 
 def main() -> None:

@@ -91,7 +91,7 @@ def test_ctrl_c_leaves_nothing_behind(tmp_path, monkeypatch):
     def interrupt(*args, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(pipeline, "score_edges", interrupt)
+    monkeypatch.setattr(pipeline, "survey", interrupt)
     result = invoke(
         "decompile", "zoo:induction", "-o", tmp_path / "g", "--size", 0.5, "--sequences", 8, "--held-out", 4
     )

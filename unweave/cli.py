@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import shlex
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -95,8 +96,9 @@ def decompile(
         from unweave.capture import load_tokenizer
         from unweave.pipeline import decompile as run_pipeline
         from unweave.report import write_report
+        from unweave.storage import check_destination
 
-        _refuse_existing(output, overwrite)
+        check_destination(output, overwrite)
         scope = _class_scope(model, classes, load_tokenizer(model)) if classes else None
         result = run_pipeline(
             model,
@@ -111,19 +113,13 @@ def decompile(
             measure_top=measure,
             seed=seed,
         )
+        result.report["provenance"]["command"] = " ".join(["unweave", *map(shlex.quote, sys.argv[1:])])
         result.save(output, overwrite=overwrite)
         write_report(result.report, output / "report.html")
         _print_summary(result.report)
         console.print(
             f"\nwrote [bold]{escape(str(output))}/[/]: graph.json, weights.safetensors, results.json, report.html"
         )
-
-
-def _refuse_existing(folder: Path, overwrite: bool) -> None:
-    from unweave.errors import StorageError
-
-    if folder.exists() and not overwrite and (not folder.is_dir() or any(folder.iterdir())):
-        raise StorageError(f"{folder} exists; choose another --output or pass --overwrite")
 
 
 def _class_scope(model: str, pattern: str, tokenizer: Any) -> Any:
@@ -221,7 +217,7 @@ def run(
         from unweave.storage import load_graph
 
         graph = load_graph(folder)
-        source = model or graph.info.get("model") or ""
+        source = model or _source(graph)
         tokenizer = load_tokenizer(source) if source else None
         ids = _encode(prompt, tokenizer)
         texts = {"graph": graph}
@@ -257,6 +253,15 @@ def _decode(ids: list[int], tokenizer: Any) -> str:
     return " ".join(map(str, ids)) if tokenizer is None else tokenizer.decode(ids, skip_special_tokens=True)
 
 
+def _source(graph: Graph) -> str:
+    """Where the folder says its model is, if that is on this machine: folders from others do not start downloads."""
+    source = str(graph.info.get("model") or "")
+    if source and not source.startswith("zoo:") and not Path(source).is_dir():
+        stderr.print(f"[yellow]the original {escape(source)} is not on this machine: say where with --model[/]")
+        return ""
+    return source
+
+
 def _graph_of(model: str) -> tuple[Graph, str, Any]:
     """(graph, where the model is, tokenizer) of a model or of a graph folder."""
     from unweave.capture import capture, load_tokenizer
@@ -264,7 +269,7 @@ def _graph_of(model: str) -> tuple[Graph, str, Any]:
 
     if (Path(model) / "graph.json").is_file():
         graph = load_graph(model)
-        source = str(graph.info.get("model") or "")
+        source = _source(graph)
         return graph, source, load_tokenizer(source) if source else None
     return capture(model), model, load_tokenizer(model)
 

@@ -260,13 +260,15 @@ def _report(
         },
         "faithfulness": [_row(n, f, sizes.get(n), original) for n, f in faithfulness.items()],
         "worst_tokens": _worst(faithfulness["decompiled graph"], tokens),
-        "rate_distortion": [
-            {"name": name, "points": [{"size": s, "kl_nats": e.value, "low": e.low, "high": e.high} for s, e in points]}
-            for name, points in curve.items()
-        ],
+        "rate_distortion": [_curve_row(name, points) for name, points in curve.items()],
         "nodes": _nodes(graph, scores, moments, tokens),
         "edges": _edges(graph, scores),
     }
+
+
+def _curve_row(name: str, points: list[tuple[float, Estimate]]) -> dict[str, Any]:
+    rows = [{"size": size, "kl_nats": kl.value, "low": kl.low, "high": kl.high} for size, kl in points]
+    return {"name": name, "baseline": name != "unweave", "points": rows}
 
 
 def _row(name: str, f: Faithfulness, graph: Graph | None, original: Graph) -> dict[str, Any]:
@@ -322,10 +324,14 @@ def _nodes(
                 "score_nats": None if at is None else float(scores.node_nats[at]),
                 "score_se": None if at is None else float(scores.node_se[at]),
                 "spectra": {},
+                "ranks": {},
                 "writes": [],
                 "reads": [],
             }
+            if len(stage.nodes) == 1:  # heads share matrices: their numbers cannot be told apart
+                row["n_parameters"] = stage.n_parameters
             for key, space in subspaces.get(name, {}).items():
+                row["ranks"][key] = space.rank
                 row["spectra"][key] = [round(float(v), 8) for v in space.nats[:64]]
                 _describe_directions(graph, row, key, space, tokens)
             rows.append(row)

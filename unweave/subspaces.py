@@ -13,6 +13,9 @@ from unweave.compression.factors import spectrum
 from unweave.compression.moments import ChannelMoments
 from unweave.graph import Graph, Stage
 
+# nats go with the square of a singular value: float32 weights leave about 1e-14 of the largest where there is nothing
+ROUNDING = 1e-11
+
 __all__ = ["Subspace", "favoured_tokens", "node_subspaces", "read_tokens"]
 
 
@@ -26,6 +29,11 @@ class Subspace(NamedTuple):
 
     directions: Float[Tensor, "k d_model"]
     nats: Float[Tensor, " k"]
+
+    @property
+    def rank(self) -> int:
+        """How many directions there are, rounding left out."""
+        return int((self.nats > ROUNDING * self.nats.max()).sum()) if len(self.nats) else 0
 
 
 def node_subspaces(graph: Graph, moments: Mapping[int, ChannelMoments]) -> dict[str, dict[str, Subspace]]:
