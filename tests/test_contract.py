@@ -43,6 +43,7 @@ LAYERS = (
     "capture",
     "data",
     "scope",
+    "ablation",
     "statistics",
     "scoring",
     "compression",

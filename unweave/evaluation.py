@@ -11,13 +11,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from unweave.ablation import Means, batch_trace
 from unweave.data import Batch, TokenData
 from unweave.errors import EmptyDataError
-from unweave.execution import check_inputs, trace
 from unweave.graph import CHANNEL_KINDS, Graph
 from unweave.progress import track
 from unweave.scope import Scope, agreement, divergence, loss, position_mask
-from unweave.scoring import Means
 
 __all__ = ["Estimate", "Faithfulness", "evaluate", "mean_ablated"]
 
@@ -108,10 +107,9 @@ def evaluate(
     tallies = {name: _Tally() for name in every}
     total = -(-len(data) // batch_size)
     for batch in track(data.batches(batch_size), "comparing with the model", total, show=progress):
-        context = check_inputs(original, batch.inputs, batch.mask)
-        reference = trace(original, context).output
+        reference = batch_trace(original, batch).output
         for name, graph in every.items():
-            logits = reference if name == "original" else trace(graph, context).output
+            logits = reference if name == "original" else batch_trace(graph, batch).output
             _count(tallies[name], scope, batch, reference, logits, n_worst)
     sums = {name: np.concatenate(t.per_sequence) for name, t in tallies.items()}
     if sums["original"][:, 1].sum() == 0:

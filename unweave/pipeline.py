@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from unweave import __version__
+from unweave.ablation import Replacement
 from unweave.capture import capture, load_tokenizer
 from unweave.compression.allocation import Budgeter, compress
 from unweave.compression.baselines import activation_svd, plain_svd
@@ -138,7 +139,9 @@ def _survey(
     """The compressed graph's own scores, the largest of them measured, and what its channels read and write."""
     means = collect_means(graph, data, **options)
     scores, moments = survey(graph, data, scope, means, seed=seed, **options)
-    return calibrate(scores, data, scope, means, measure_top, **options) if measure_top else scores, moments
+    if measure_top:
+        scores = calibrate(scores, data, scope, Replacement("mean", means), measure_top, **options)
+    return scores, moments
 
 
 def _default_scope(model: str | Path | nn.Module) -> Scope:

@@ -28,9 +28,10 @@ from einops import rearrange, repeat
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from unweave.ablation import Kind, Means, Replacement, batch_trace
 from unweave.data import Batch, TokenData
 from unweave.errors import EmptyDataError, InputError
-from unweave.execution import PortPlan, Trace, check_inputs, finish_stage, run_stages, trace
+from unweave.execution import PortPlan, Trace, finish_stage, run_stages
 from unweave.graph import Edge, Graph
 from unweave.scope import Scope, divergence, metric, position_mask
 from unweave.statistics import (
@@ -40,15 +41,14 @@ from unweave.statistics import (
     Tally,
     accumulate,
     check_finite,
-    collect_means,
     differentiable_trace,
     gradients_of,
+    replacement,
 )
 
-__all__ = ["METHODS", "EdgeMeasure", "EdgeScores", "Means", "calibrate", "measure_edges", "score_edges", "scores_from"]
+__all__ = ["METHODS", "EdgeMeasure", "EdgeScores", "calibrate", "measure_edges", "score_edges", "scores_from"]
 
 METHODS = ("fisher", "eap", "eap-ig", "exact")
-Means = Mapping[str, Tensor]
 # how many tokens one forward pass over ablated copies may hold; bounds memory, not the result
 TOKENS_AT_ONCE = 16384
 # positions per block of the variance-reduced Fisher estimate
@@ -118,6 +118,7 @@ def score_edges(
     scope: Scope | None = None,
     *,
     method: str = "fisher",
+    ablation: Kind = "mean",
     means: Means | None = None,
     samples: int = 2,
     steps: int = 5,
@@ -134,7 +135,9 @@ def score_edges(
         data: token sequences.
         scope: which signal counts; by default the KL at all positions.
         method: "fisher", "eap", "eap-ig" or "exact" (see the module's text).
-        means: baselines of the ablation; collected here (one more forward pass) when missing.
+        ablation: what an ablated edge carries, see :class:`Replacement`. "counterfactual" takes it from the label
+            "corrupted" of the data: ids of the same shape.
+        means: for the ablations that need them; collected here (one more forward pass) when missing.
         samples: cotangents per sequence (fisher).
         steps: integration steps (eap-ig).
         measure_top: calibration: the effects of so many edges with the largest attributions are measured,
@@ -171,21 +174,20 @@ def score_edges(
     if samples < 1 or steps < 1 or measure_top < 0:
         raise InputError("samples and steps must be at least 1 and measure_top at least 0")
     scope = scope or Scope()
-    if means is None:
-        means = collect_means(graph, data, batch_size=batch_size, progress=progress)
-    options: dict[str, Any] = {"batch_size": batch_size, "progress": progress, "checkpoint": checkpoint}
+    options: dict[str, Any] = {"batch_size": batch_size, "progress": progress}
+    instead, data = replacement(graph, data, ablation, means=means, seed=seed, **options)
+    options["checkpoint"] = checkpoint
     if method == "exact":
-        return measure_edges(graph, data, scope, graph.edge_matrix, means, **options)
+        return measure_edges(graph, data, scope, graph.edge_matrix, instead, **options)
     step: FisherPass | _GradientStep
     if method == "fisher":
-        step = FisherPass(graph, scope, samples, seed, (EdgeMeasure(scope, means),))
+        step = FisherPass(graph, scope, samples, seed, (EdgeMeasure(scope, instead),))
     else:
-        step = _GradientStep(graph, scope, means, steps if method == "eap-ig" else 0)
-    sums = accumulate(
-        data, step, description=f"scoring edges ({method})", fingerprint=f"{method}-{samples}-{seed}", **options
-    )
+        step = _GradientStep(graph, scope, instead, steps if method == "eap-ig" else 0)
+    fingerprint = f"{method}-{ablation}-{samples}-{seed}"
+    sums = accumulate(data, step, description=f"scoring edges ({method})", fingerprint=fingerprint, **options)
     scores = scores_from(graph, sums, method, len(data))
-    return calibrate(scores, data, scope, means, measure_top, **options) if measure_top else scores
+    return calibrate(scores, data, scope, instead, measure_top, **options) if measure_top else scores
 
 
 # ---- attributions: gradients times differences ----------------------------------------------------------
@@ -196,10 +198,10 @@ class EdgeMeasure:
     """Method "fisher" as a measure of a :class:`FisherPass`."""
 
     scope: Scope
-    means: Means
+    instead: Replacement
 
     def __call__(self, t: Trace, batch: Batch) -> Tally:
-        return _EdgeTally(self.scope, batch, _Products(t, self.means, BLOCK))
+        return _EdgeTally(self.scope, batch, _Products(t, self.instead.sent(t.graph, batch), BLOCK))
 
 
 @dataclass
@@ -227,32 +229,31 @@ class _GradientStep:
 
     graph: Graph
     scope: Scope
-    means: Means
+    instead: Replacement
     steps: int
 
     def __call__(self, batch: Batch) -> Sums:
         with torch.no_grad():
-            clean = trace(self.graph, check_inputs(self.graph, batch.inputs, batch.mask), keep=True)
+            clean = batch_trace(self.graph, batch, keep=True)
+            sent = self.instead.sent(self.graph, batch)
         n_pos = clean.context.n_pos
-        written = _Products(clean, self.means, n_pos).written
+        written = _Products(clean, sent, n_pos).written
         signed = self.scope.divergence == "logit_difference"
         # the KL is flat at the network itself: without steps, its gradient is taken at the mean embedding
         shares = [k / self.steps for k in range(1, self.steps + 1)] if self.steps else [1.0 if signed else 0.0]
         total = []
         for share in shares:
-            t = differentiable_trace(self.graph, batch, self._mixed_embedding(share))
+            t = differentiable_trace(self.graph, batch, self._mixed_embedding(share, sent[0][0]))
             if signed:
                 value = metric(self.scope, t.output, batch).sum()
             else:
                 value = -divergence(self.scope, clean.output, t.output, batch).sum()
-            total.append(_Products(t, self.means, n_pos, written)(gradients_of(t, value)).sum(1))
+            total.append(_Products(t, sent, n_pos, written)(gradients_of(t, value)).sum(1))
         edges = torch.stack(total).mean(0)
         return _moments({"edge": edges, "node": edges.sum(1)}, self.scope, batch)
 
-    def _mixed_embedding(self, share: float) -> Any:
-        first = self.graph.writers[0]
-        mean = self.means[first]
-        return {first: lambda y: mean[: y.shape[1]] + share * (y - mean[: y.shape[1]])}
+    def _mixed_embedding(self, share: float, other: Float[Tensor, "#batch #pos d"]) -> Any:
+        return {self.graph.writers[0]: lambda y: other + share * (y - other)}
 
 
 class _Products:
@@ -266,21 +267,21 @@ class _Products:
     per block over all nodes, with no copy between them.
     """
 
-    def __init__(self, t: Trace, means: Means, block: int, written: list[Tensor] | None = None) -> None:
+    def __init__(self, t: Trace, sent: list[Tensor], block: int, written: list[Tensor] | None = None) -> None:
         self.t, self.block = t, min(block, t.context.n_pos)
         self.one_stream = all(stage.visible[0] == 0 for stage in t.graph.stages)
         self.folded: dict[tuple[int, str], list[Tensor]] = {}
         self.normed: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
         self.along: dict[tuple[int, str], list[Tensor]] = {}
         with torch.no_grad():
-            self.written = self._differences(means) if written is None else written
+            self.written = self._differences(sent) if written is None else written
 
-    def _differences(self, means: Means) -> list[Float[Tensor, "node batch_block within d"]]:
+    def _differences(self, sent: list[Tensor]) -> list[Float[Tensor, "node batch_block within d"]]:
         """y_i - m_i by stage; with one residual stream, every stage sees a prefix of one stack."""
         out = []
-        for s, stage in enumerate(self.t.graph.stages[:-1]):
-            mean = torch.stack([means[name][: self.t.context.n_pos] for name in stage.nodes])
-            out.append(self._blocks(self.t.node_writes(s).detach().float() - mean))
+        for s, other in enumerate(sent):
+            written = self.t.node_writes(s).detach().float()
+            out.append(self._blocks(written - rearrange(other, "n b t d -> b n t d")))
         return [torch.cat(out)] if self.one_stream else out
 
     def _blocks(self, x: Float[Tensor, "batch n pos d"]) -> Float[Tensor, "n batch_block within d"]:
@@ -406,14 +407,16 @@ def _pool(graph: Graph, whole: Tensor, blocked: Tensor, blocked_se: Tensor) -> t
     return blocked * factor, blocked_se * factor
 
 
-def calibrate(scores: EdgeScores, data: TokenData, scope: Scope, means: Means, top: int, **options: Any) -> EdgeScores:
+def calibrate(
+    scores: EdgeScores, data: TokenData, scope: Scope, instead: Replacement, top: int, **options: Any
+) -> EdgeScores:
     """Measure the effects of the ``top`` edges with the largest attributions and put them in their place.
 
     The second order is too small for the few largest edges, where the output saturates and norms rescale; those
     are few, so measuring them is cheap. All other edges keep their attribution.
     """
     marked = scores.top(top)
-    exact = measure_edges(scores.graph, data, scope, marked, means, **options)
+    exact = measure_edges(scores.graph, data, scope, marked, instead, **options)
     return dataclasses.replace(
         scores,
         nats=torch.where(marked, exact.nats, scores.nats),
@@ -430,7 +433,7 @@ def measure_edges(
     data: TokenData,
     scope: Scope,
     edges: Bool[Tensor, "ports writers"],
-    means: Means,
+    instead: Replacement,
     *,
     batch_size: int = 16,
     progress: bool | None = None,
@@ -455,12 +458,13 @@ def measure_edges(
 
     @torch.no_grad()
     def step(batch: Batch) -> Sums:
-        t = trace(graph, check_inputs(graph, batch.inputs, batch.mask), keep=True)
+        t = batch_trace(graph, batch, keep=True)
         check_finite(t, batch)
+        sent = instead.sent(graph, batch)
         out = torch.zeros(len(batch.index), len(graph.ports), len(graph.writers), device=graph.device)
         for s, port, rows, columns in _chunks(graph, edges, batch):
             reference = t.output.repeat(len(rows), 1, 1)
-            logits = _ablated_logits(t, s, port, rows, columns, means)
+            logits = _ablated_logits(t, s, port, rows, columns, sent)
             values = divergence(scope, reference, logits, _repeat_batch(batch, len(rows))).sum(1)
             start = graph.port_starts[s, graph.stages[s].ports[port].name]
             first = graph.visible_writers(s).start
@@ -505,20 +509,17 @@ def _repeat_batch(batch: Batch, copies: int) -> Batch:
 
 
 def _ablated_logits(
-    t: Trace, s: int, p: int, nodes: Tensor, writers: Tensor, means: Means
+    t: Trace, s: int, p: int, nodes: Tensor, writers: Tensor, sent: list[Tensor]
 ) -> Float[Tensor, "copies_batch pos d_out"]:
-    """Logits of one copy of the batch per edge, in which node ``nodes[k]`` hears the mean of ``writers[k]``."""
-    graph, plan = t.graph, t.plan.stages[s]
+    """Logits of one copy of the batch per edge, in which node ``nodes[k]`` does not hear ``writers[k]``."""
+    plan = t.plan.stages[s]
     port, name = plan.ports[p], plan.ports[p].port.name
-    n_pos = t.context.n_pos
-    names = graph.writers[graph.visible_writers(s)]
     heard = t.written(*plan.stage.visible)[:, writers]
-    baseline = torch.stack(
-        [means[names[i]].expand(max(means[names[i]].shape[0], 1), -1)[:n_pos] for i in writers.tolist()]
-    )
+    shape = (-1, t.context.inputs.shape[0], t.context.n_pos, -1)
+    replaced = torch.cat([values.expand(shape) for values in sent[slice(*plan.stage.visible)]])[writers]
     x = t.inputs[s, name]
     x = x if x.shape[1] == 1 else x[:, port.row_of[nodes] if x.shape[1] <= int(port.row_of.max()) + 1 else nodes]
-    x = x - heard + baseline.to(heard)
+    x = x - heard + rearrange(replaced, "k b t d -> b k t d").to(heard)
     normed = port.port.norm.apply(x) if port.port.norm is not None else x
     reads = []
     for q, other in enumerate(plan.ports):
@@ -535,7 +536,7 @@ def _run_from(t: Trace, s: int, nodes: Tensor, codes: Float[Tensor, "batch copie
     context = t.context.expand(copies)
     replaced = repeat(t.codes[s], "b n t w -> k b n t w", k=copies).clone()
     replaced[torch.arange(copies), :, nodes] = rearrange(codes, "b k t w -> k b t w")
-    out = Trace(t.graph, t.plan, context)
+    out = Trace(t.graph, t.plan, context, counterfactual=_repeated(t.counterfactual, copies))
 
     def again(x: Tensor) -> Tensor:
         return x.repeat(copies, *([1] * (x.ndim - 1)))
@@ -551,3 +552,13 @@ def _run_from(t: Trace, s: int, nodes: Tensor, codes: Float[Tensor, "batch copie
     finish_stage(out, s, rearrange(replaced, "k b n t w -> (k b) n t w"))
     run_stages(out, s + 1)
     return out.output
+
+
+def _repeated(t: Trace | None, copies: int) -> Trace | None:
+    """What cut edges carry in every copy of a batch."""
+    if t is None:
+        return None
+    out = Trace(t.graph, t.plan, t.context.expand(copies))
+    for s in range(len(t.graph.stages) - 1):
+        out.each.append(t.node_writes(s).repeat(copies, 1, 1, 1))
+    return out

@@ -17,8 +17,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from unweave.ablation import KINDS, Kind, Means, Replacement, counterfactual_trace, pair_at_random
 from unweave.data import Batch, TokenData
-from unweave.errors import EmptyDataError, NonFiniteError
+from unweave.errors import EmptyDataError, InputError, NonFiniteError
 from unweave.execution import Trace, check_inputs, plan_of, trace
 from unweave.files import Checkpoint
 from unweave.graph import CHANNEL_KINDS, Graph
@@ -37,6 +38,7 @@ __all__ = [
     "differentiable_trace",
     "gradients_of",
     "merge",
+    "replacement",
 ]
 
 Sums = dict[str, Tensor]
@@ -170,6 +172,35 @@ def _write_means(graph: Graph, s: int, codes: Float[Tensor, "nodes #pos width"])
     return codes if isinstance(plan.write, Identity) else codes @ plan.node_write.to(codes)
 
 
+def replacement(
+    graph: Graph, data: TokenData, kind: Kind = "mean", *, means: Means | None = None, seed: int = 0, **options: Any
+) -> tuple[Replacement, TokenData]:
+    """What ablated edges carry, with the means collected and the partners drawn that the kind needs.
+
+    Args:
+        means: known already, for "mean" and "mean per position".
+        options: of :func:`collect_means`.
+
+    Returns:
+        (the replacement, the data with partners where the kind needs them).
+
+    Raises:
+        InputError: an unknown kind.
+    """
+    if kind not in KINDS:
+        raise InputError(f"unknown ablation {kind!r}; choose one of {', '.join(KINDS)}")
+    if kind == "resample":
+        return Replacement(kind), pair_at_random(data, seed)
+    if kind == "counterfactual":
+        return Replacement(kind), data
+    if kind == "zero":
+        width = {w: graph.find(w)[0].write.d_out for w in graph.writers}  # type: ignore[union-attr]
+        return Replacement(kind, {w: torch.zeros(1, d, device=graph.device) for w, d in width.items()}), data
+    if means is None:
+        means = collect_means(graph, data, per_position=kind == "mean per position", **options)
+    return Replacement(kind, means), data
+
+
 def check_finite(t: Trace, batch: Batch) -> None:
     """Refuse a run in which something is NaN or infinite.
 
@@ -249,7 +280,9 @@ def differentiable_trace(graph: Graph, batch: Batch, patch: Any = None) -> Trace
     inner = (patch or {}).get(first, lambda y: y)
     context = check_inputs(graph, batch.inputs, batch.mask)
     with torch.enable_grad():
-        t = trace(graph, context, keep=True, patch={first: lambda y: inner(y).detach().requires_grad_()})
+        other = counterfactual_trace(graph, batch) if graph.resample else None
+        patch = {first: lambda y: inner(y).detach().requires_grad_()}
+        t = trace(graph, context, keep=True, patch=patch, counterfactual=other)
     check_finite(t, batch)
     return t
 

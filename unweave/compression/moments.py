@@ -16,12 +16,13 @@ from einops import rearrange, reduce
 from jaxtyping import Float
 from torch import Tensor
 
+from unweave.ablation import Means, Replacement
 from unweave.data import Batch, TokenData
 from unweave.errors import EmptyDataError, InputError
 from unweave.execution import Trace
 from unweave.graph import CHANNEL_KINDS, Graph
 from unweave.scope import Scope, position_mask
-from unweave.scoring import EdgeMeasure, EdgeScores, Means, scores_from
+from unweave.scoring import EdgeMeasure, EdgeScores, scores_from
 from unweave.statistics import FisherPass, Gradients, Sums, Tally, accumulate
 
 __all__ = ["ChannelMoments", "channel_moments", "moments_from", "survey"]
@@ -106,7 +107,9 @@ def survey(
         One forward and ``samples`` backward passes.
     """
     check_compressible(graph)
-    step = FisherPass(graph, scope, samples, seed, (EdgeMeasure(scope, means), MomentMeasure(scope)))
+    step = FisherPass(
+        graph, scope, samples, seed, (EdgeMeasure(scope, Replacement("mean", means)), MomentMeasure(scope))
+    )
     sums = accumulate(
         data,
         step,
