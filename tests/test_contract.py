@@ -48,6 +48,7 @@ LAYERS = (
     "scoring",
     "compression",
     "evaluation",
+    "circuits",
     "storage",
     "subspaces",
     "generation",

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from unweave.capture import capture, load_model, load_tokenizer
+    from unweave.circuits import Circuit, find_circuit, prove
     from unweave.compression import channel_moments, compress, refine_factors
     from unweave.data import TokenData, load_data
     from unweave.errors import UnweaveError
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOME = {
+    "Circuit": "circuits",
     "Decompiled": "pipeline",
     "Edge": "graph",
     "EdgeScores": "scoring",
@@ -46,11 +48,13 @@ _HOME = {
     "compress": "compression",
     "decompile": "pipeline",
     "evaluate": "evaluation",
+    "find_circuit": "circuits",
     "load_data": "data",
     "load_graph": "storage",
     "load_model": "capture",
     "load_tokenizer": "capture",
     "node_subspaces": "subspaces",
+    "prove": "circuits",
     "refine_factors": "compression",
     "run": "execution",
     "save_graph": "storage",
@@ -59,6 +63,7 @@ _HOME = {
 }
 
 __all__ = [
+    "Circuit",
     "Decompiled",
     "Edge",
     "EdgeScores",
@@ -76,11 +81,13 @@ __all__ = [
     "compress",
     "decompile",
     "evaluate",
+    "find_circuit",
     "load_data",
     "load_graph",
     "load_model",
     "load_tokenizer",
     "node_subspaces",
+    "prove",
     "refine_factors",
     "run",
     "save_graph",

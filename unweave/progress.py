@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import TypeVar
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-__all__ = ["track"]
+__all__ = ["counter", "track"]
 
 T = TypeVar("T")
 
@@ -24,6 +25,22 @@ def track(items: Iterable[T], description: str, total: int | None = None, *, sho
     if not (sys.stderr.isatty() if show is None else show):
         yield from items
         return
+    with _bar() as bar:
+        yield from bar.track(items, total=total, description=description)
+
+
+@contextlib.contextmanager
+def counter(description: str, total: int, *, show: bool | None = None) -> Iterator[Callable[[], None]]:
+    """A bar for work that takes at most ``total`` steps; calling what it gives counts one."""
+    if not (sys.stderr.isatty() if show is None else show):
+        yield lambda: None
+        return
+    with _bar() as bar:
+        task = bar.add_task(description, total=total)
+        yield lambda: bar.advance(task)
+
+
+def _bar() -> Progress:
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -31,5 +48,4 @@ def track(items: Iterable[T], description: str, total: int | None = None, *, sho
         TimeElapsedColumn(),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        yield from bar.track(items, total=total, description=description)
+    return Progress(*columns, console=Console(stderr=True), transient=True)

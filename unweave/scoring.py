@@ -46,7 +46,16 @@ from unweave.statistics import (
     replacement,
 )
 
-__all__ = ["METHODS", "EdgeMeasure", "EdgeScores", "calibrate", "measure_edges", "score_edges", "scores_from"]
+__all__ = [
+    "METHODS",
+    "EdgeMeasure",
+    "EdgeScores",
+    "calibrate",
+    "edge_products",
+    "measure_edges",
+    "score_edges",
+    "scores_from",
+]
 
 METHODS = ("fisher", "eap", "eap-ig", "exact")
 # how many tokens one forward pass over ablated copies may hold; bounds memory, not the result
@@ -256,6 +265,12 @@ class _GradientStep:
         return {self.graph.writers[0]: lambda y: other + share * (y - other)}
 
 
+def edge_products(t: Trace, sent: list[Tensor], gradients: Gradients) -> Float[Tensor, "batch ports writers"]:
+    """The first-order change of the differentiated value if an edge were to carry what its writer writes instead of
+    ``sent``, for every possible edge, cut ones too: sum over positions of g_j . (y_i - m_i)."""
+    return _Products(t, sent, t.context.n_pos)(gradients, cut_too=True).sum(1)
+
+
 class _Products:
     """sum over positions of g_j . (y_i - m_i), for every edge, sequence and block of positions.
 
@@ -297,7 +312,7 @@ class _Products:
         return rearrange(heard, "n b w d -> b (w d) n")
 
     @torch.no_grad()
-    def __call__(self, gradients: Gradients) -> Float[Tensor, "batch block ports writers"]:
+    def __call__(self, gradients: Gradients, *, cut_too: bool = False) -> Float[Tensor, "batch block ports writers"]:
         graph, stack = self.t.graph, self.written[0]
         out = stack.new_zeros(stack.shape[1], len(graph.ports), len(graph.writers))
         for s, stage in enumerate(self.t.plan.stages):
@@ -306,7 +321,7 @@ class _Products:
                 row = graph.port_starts[s, port.port.name]
                 product = rearrange(g, "n b w d -> b n (w d)") @ self._heard(graph, s)
                 out[:, row : row + len(g), graph.visible_writers(s)] = product
-        if graph.n_edges < int(graph.possible_edges.sum()):
+        if not cut_too and graph.n_edges < int(graph.possible_edges.sum()):
             out *= graph.edge_matrix.to(out)
         return rearrange(out, "(b k) p w -> b k p w", b=self.t.context.inputs.shape[0])
 

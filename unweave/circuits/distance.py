@@ -1,0 +1,135 @@
+"""How far cut graphs are from the whole one, on the same data, per prompt."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from unweave.ablation import Replacement, batch_trace
+from unweave.data import Batch, TokenData
+from unweave.errors import EmptyDataError, NonFiniteError
+from unweave.evaluation import Estimate
+from unweave.graph import Graph
+from unweave.progress import track
+from unweave.scope import Scope, agreement, divergence, metric, position_mask
+
+__all__ = ["Distance", "Prompts", "bootstrap", "per_prompt"]
+
+# logits of the whole graph are kept between measurements up to this many numbers; beyond, they are computed again
+NUMBERS_KEPT = 64_000_000
+
+
+class Prompts(NamedTuple):
+    """Sums over each prompt's positions in the scope.
+
+    Attributes:
+        nats: divergence from the whole graph ``[n]``.
+        tokens: positions in the scope ``[n]``.
+        same: positions where both put the same output first ``[n]``.
+        metric: the logit difference, or the log-probability-free zero where the scope has none ``[n]``.
+    """
+
+    nats: np.ndarray
+    tokens: np.ndarray
+    same: np.ndarray
+    metric: np.ndarray
+
+
+class Distance:
+    """Measures candidates: the divergence, in nats per token, of a set of edges from the whole graph."""
+
+    def __init__(self, graph: Graph, data: TokenData, scope: Scope, instead: Replacement, batch_size: int = 16) -> None:
+        self.graph, self.scope, self.instead = graph, scope, instead
+        self.batches = list(data.batches(batch_size))
+        self.tokens = sum(int(position_mask(scope, batch).sum()) for batch in self.batches)
+        if self.tokens == 0:
+            raise EmptyDataError("the scope selects no position of this data set")
+        numbers = data.tokens.shape[0] * data.tokens.shape[1] * graph.info["d_out"]
+        self._kept: list[Tensor] | None = [] if numbers <= NUMBERS_KEPT else None
+
+    @torch.no_grad()
+    def reference(self, number: int) -> Float[Tensor, "batch pos d_out"]:
+        """The whole graph's logits on a batch."""
+        if self._kept is None:
+            return batch_trace(self.graph, self.batches[number]).output
+        while len(self._kept) <= number:
+            self._kept.append(batch_trace(self.graph, self.batches[len(self._kept)]).output)
+        return self._kept[number]
+
+    @torch.no_grad()
+    def of(self, keep: Bool[Tensor, "ports writers"]) -> float:
+        """Nats per token when only these edges are kept.
+
+        Raises:
+            NonFiniteError: the cut graph's output is not finite.
+        """
+        cut, total = self.instead.cut(self.graph, keep), 0.0
+        for number, batch in enumerate(self.batches):
+            logits = batch_trace(cut, batch).output
+            total += float(divergence(self.scope, self.reference(number), logits, batch).double().sum())
+        if not math.isfinite(total):
+            raise NonFiniteError("a cut graph gave NaN or inf; use another ablation")
+        return total / self.tokens
+
+
+@torch.no_grad()
+def per_prompt(
+    graphs: Mapping[str, Graph],
+    original: Graph,
+    data: TokenData,
+    scope: Scope,
+    *,
+    batch_size: int = 16,
+    description: str = "measuring circuits",
+    progress: bool | None = None,
+) -> dict[str, Prompts]:
+    """Every graph against the original on the same prompts; the original itself is added under the name "original".
+
+    Raises:
+        EmptyDataError: the scope selects no position.
+    """
+    every = {"original": original, **graphs}
+    rows: dict[str, list[np.ndarray]] = {name: [] for name in every}
+    total = -(-len(data) // batch_size)
+    for batch in track(data.batches(batch_size), description, total, show=progress):
+        reference = batch_trace(original, batch).output
+        for name, graph in every.items():
+            logits = reference if name == "original" else batch_trace(graph, batch).output
+            rows[name].append(_row(scope, batch, reference, logits))
+    tables = {name: np.concatenate(parts, axis=1) for name, parts in rows.items()}
+    if tables["original"][1].sum() == 0:
+        raise EmptyDataError("the scope selects no position of this data set")
+    return {name: Prompts(*table) for name, table in tables.items()}
+
+
+def _row(scope: Scope, batch: Batch, reference: Tensor, logits: Tensor) -> np.ndarray:
+    mask = position_mask(scope, batch).to(logits.device)
+    nats = divergence(scope, reference, logits, batch).sum(1)
+    same = (agreement(reference, logits) & mask).sum(1)
+    asked = "correct" in batch.labels and "wrong" in batch.labels
+    value = metric(scope, logits, batch) if asked else torch.zeros_like(nats)
+    columns = [nats, mask.sum(1), same, value]
+    return torch.stack([c.double() for c in columns]).cpu().numpy()
+
+
+def bootstrap(value: Mapping[str, np.ndarray], function: object, draws: int = 500, seed: int = 0) -> Estimate:
+    """A function of sums over prompts, with its 95% interval over resampled prompts.
+
+    Args:
+        value: arrays ``[n]`` by name; the function takes their sums by name.
+    """
+    assert callable(function)
+    n = len(next(iter(value.values())))
+    rng = np.random.default_rng(seed)
+    samples = []
+    for _ in range(draws):
+        rows = rng.integers(0, n, n)
+        samples.append(function(**{k: v[rows].sum() for k, v in value.items()}))
+    low, high = np.nanquantile(samples, [0.025, 0.975])
+    return Estimate(float(function(**{k: v.sum() for k, v in value.items()})), float(low), float(high))
