@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Mapping
-from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -20,9 +19,9 @@ from unweave.execution import check_inputs, trace
 from unweave.graph import Graph
 from unweave.scope import Scope, divergence, position_mask
 
-__all__ = ["Budgeter", "Form", "compress"]
+__all__ = ["FORMS", "Budgeter", "compress"]
 
-Form = Literal["low-rank", "sparse"]
+FORMS = ("low-rank", "sparse")
 
 PRICE_STEPS = 40
 # the share of all numbers below which looking for a use of them costs more time than it saves nats
@@ -36,7 +35,7 @@ def compress(
     *,
     size: float | None = None,
     kl_nats: float | None = None,
-    form: Form = "low-rank",
+    form: str = "low-rank",
     moments: Mapping[int, ChannelMoments] | None = None,
     samples: int = 2,
     batch_size: int = 16,
@@ -53,8 +52,9 @@ def compress(
       to read and to write, and fewer multiplications.
     - ``"sparse"``: single weights are kept and adjusted (:func:`unweave.compression.masks.sparsify`), then adjusted
       again in execution order to the compressed graph's own activations
-      (:func:`unweave.compression.compensation.sweep`). Loses far fewer nats at a size, bits that say which weights
-      are kept counted, but has no narrow subspaces and runs as dense as before.
+      (:func:`unweave.compression.compensation.sweep`). Loses far fewer nats where matrices are nearly of full rank
+      (language models), more where they are not (toy models at small sizes). It has no narrow subspaces and runs as
+      dense as before.
 
     Args:
         graph: a captured graph with no edge cut.
@@ -93,8 +93,8 @@ def compress(
         raise InputError(f"size must be above 0 and at most 1, got {size}")
     if kl_nats is not None and not (kl_nats > 0 and math.isfinite(kl_nats)):
         raise InputError(f"kl_nats must be a positive number, got {kl_nats}")
-    if form not in get_args(Form):
-        raise InputError(f"unknown form {form!r}; choose one of {', '.join(get_args(Form))}")
+    if form not in FORMS:
+        raise InputError(f"unknown form {form!r}; known: {', '.join(FORMS)}")
     scope = scope or Scope()
     if moments is None:
         moments = channel_moments(
@@ -108,7 +108,7 @@ def compress(
 
 
 def _sizes(
-    form: Form,
+    form: str,
     graph: Graph,
     data: TokenData,
     moments: Mapping[int, ChannelMoments],
