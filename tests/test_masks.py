@@ -8,6 +8,8 @@ import pytest
 import torch
 from families import CONFIGS, random_model
 from oracles import naive_run
+from safetensors.torch import load_file, save_file
+from torch import nn
 
 import unweave
 from unweave.capture import capture
@@ -126,7 +128,7 @@ def test_what_is_never_used_or_felt_gives_no_nan():
 
 def setup(name, dtype=torch.float32):
     graph = capture(random_model(name, dtype), verify=False)
-    data = from_tensor(torch.randint(50, (12, 10), generator=torch.Generator().manual_seed(2)))
+    data = from_tensor(torch.randint(50, (8, 10), generator=torch.Generator().manual_seed(2)))
     return graph, data, channel_moments(graph, data, Scope(), samples=1)
 
 
@@ -141,7 +143,7 @@ def test_budgets_are_kept_in_every_family_and_folders_bring_masks_back(name, tmp
     n = graph.n_channel_parameters
     assert 0.55 * n - 3 <= small.n_channel_parameters <= 0.55 * n
     assert all(isinstance(m.map, Masked) for m in channel_matrices(small).values())
-    swept = sweep(small, graph, data.select(slice(0, 4)), moments)
+    swept = sweep(small, graph, data.select(slice(0, 2)), moments)
     assert swept.n_channel_parameters == small.n_channel_parameters
     assert swept.n_edges == graph.n_edges
     x = data.tokens[:2, :7].long()
@@ -155,8 +157,6 @@ def test_budgets_are_kept_in_every_family_and_folders_bring_masks_back(name, tmp
 def test_a_file_whose_values_do_not_fit_its_mask_is_refused(induction, induction_data, tmp_path):
     small = unweave.compress(induction, induction_data, SCOPE, size=0.5, form="sparse")
     path = save_graph(small, tmp_path / "g") / "weights.safetensors"
-    from safetensors.torch import load_file, save_file
-
     weights = load_file(path)
     name = next(n for n in weights if n.endswith(".mask"))
     weights[name] = ~weights[name]
@@ -246,11 +246,12 @@ def heard_and_codes(graph, tokens, stage):
     return n.flatten(0, 1).double(), flat.flatten(0, 1).double(), before.flatten(0, 1).double()
 
 
+@pytest.mark.parametrize("number", [2, 3])  # attention and MLP of the second layer, parallel in gpt_neox
 @pytest.mark.parametrize("name", ["gpt2", "gpt_neox", "llama", "gemma2"])
-def test_each_matrix_is_aimed_at_the_regression_on_what_it_really_reads(name):
+def test_each_matrix_is_aimed_at_the_regression_on_what_it_really_reads(name, number):
     graph, data, moments = setup(name)
     small = sparsify(graph, moments, 0.5)
-    s = sorted(moments)[2]
+    s = sorted(moments)[number]
     tokens = data.tokens[:3].long()
     reads, writes, streams = zip(*(heard_and_codes(g, tokens, s) for g in (graph, small)), strict=True)
     matrices = channel_matrices(graph)
@@ -267,6 +268,16 @@ def test_each_matrix_is_aimed_at_the_regression_on_what_it_really_reads(name):
         rows, answers = torch.cat([y / len(y) ** 0.5, ridge]), torch.cat([goal / len(y) ** 0.5, ridge @ w.T])
         truth = torch.linalg.lstsq(rows, answers).solution.T
         assert torch.allclose(compensation._goal(w, seen), truth, atol=2e-3 * float(truth.abs().max()))
+
+
+def test_a_chain_of_layers_owes_nothing_and_can_be_masked():
+    graph = capture(nn.Sequential(nn.Linear(6, 20), nn.ReLU(), nn.Linear(20, 20), nn.ReLU(), nn.Linear(20, 5)))
+    data = TokenData(torch.randn(20, 4, 6), torch.ones(20, 4, dtype=torch.bool))
+    assert compensation._Step(graph, graph, 2, [(2, "in", 0)]).heard_from == 2
+    small = unweave.compress(graph, data, size=0.6, form="sparse")
+    assert 0.6 * graph.n_channel_parameters - 1 <= small.n_channel_parameters <= 0.6 * graph.n_channel_parameters
+    nothing = unweave.compress(graph, data, size=0.11, form="sparse")
+    assert mean_divergence(graph, small, data, Scope()) < 0.1 * mean_divergence(graph, nothing, data, Scope())
 
 
 def test_padding_does_not_count():
@@ -309,6 +320,7 @@ def test_what_is_not_finite_is_refused_with_its_place(induction, induction_data)
 
 
 def test_both_forms_take_both_budgets(induction, induction_data):
+    induction_data = induction_data.select(slice(0, 8))
     small = unweave.compress(induction, induction_data, SCOPE, kl_nats=0.05, form="sparse")
     assert mean_divergence(induction, small, induction_data, SCOPE) <= 0.05
     assert small.n_channel_parameters < 0.5 * induction.n_channel_parameters
@@ -356,8 +368,11 @@ def test_other_misuse_is_refused(induction, induction_data):
     with pytest.raises(InputError, match="no masks"):
         sweep(induction, induction, induction_data, moments)
     other, _, others = setup("llama")
-    with pytest.raises(InputError, match="no moments|another graph"):
+    with pytest.raises(InputError, match="no moments"):
         sparsify(induction, others, 0.5)
+    narrow = unweave.compress(induction, induction_data, SCOPE, size=0.12)
+    with pytest.raises(InputError, match="unequal widths"):
+        sparsify(narrow, channel_moments(narrow, induction_data, SCOPE), 0.5)
     with pytest.raises(InputError, match="no masks, or others"):
         sweep(sparsify(other, others, 0.5), induction, induction_data, moments)
     for peer in (magnitude, lambda g, size: wanda(g, size, moments)):

@@ -223,7 +223,7 @@ def sparse_regression(graph: Graph, size: float, moments: Mapping[int, ChannelMo
     """Every matrix on its own: the sparse W' of the least E |W x - W' x|^2, x the original's inputs.
 
     The published objective of SparseGPT, solved by our ADMM (as in Boza 2024) and not by its column-by-column
-    elimination: G = I, uncentred inputs, no constants, no sweep.
+    elimination, nor layer after layer on compressed inputs: G = I, uncentred inputs of the original, no constants.
     Source: Frantar & Alistarh 2023, "SparseGPT: Massive Language Models Can Be Accurately Pruned in One-Shot".
     """
 
