@@ -20,6 +20,8 @@ import torch
 from benchmarks.common import RESULTS, interval, model, save
 from unweave.compression import baselines, channel_moments, refine_factors
 from unweave.compression.allocation import Budgeter, mean_divergence
+from unweave.compression.compensation import sweep
+from unweave.compression.masks import Masker
 from unweave.compression.refinement import trainable
 from unweave.data import TokenData
 from unweave.execution import run
@@ -45,6 +47,7 @@ def candidates(
     if not cache:
         cache["moments"] = channel_moments(graph, calibration, Scope())
         cache["budgeter"] = Budgeter(graph, cache["moments"])
+        cache["masker"] = Masker(graph, cache["moments"])
         cache["rows"] = baselines.fisher_rows(graph, calibration)
     moments = cache["moments"]
     plain = {
@@ -52,6 +55,10 @@ def candidates(
         "plain SVD": baselines.plain_svd(graph, size),
         "activation SVD": baselines.activation_svd(graph, size, moments),
         "row-Fisher SVD": baselines.row_fisher_svd(graph, size, cache["rows"]),
+        "unweave, sparse": sweep(cache["masker"].at_size(size), graph, calibration, moments),
+        "magnitude": baselines.magnitude(graph, size),
+        "Wanda": baselines.wanda(graph, size, moments),
+        "SparseGPT-like": baselines.sparse_regression(graph, size, moments),
     }
     out = {name: (g, set(trainable(g)), g.n_channel_parameters) for name, g in plain.items()}
     out["PCA slicing"] = baselines.pca_slicing(graph, size, moments)

@@ -13,7 +13,7 @@ from naive_executor import PLAIN_ACTIVATIONS, naive_norm, naive_pattern, naive_r
 from torch import Tensor
 
 from unweave.capture import capture
-from unweave.errors import InputError
+from unweave.errors import InputError, ShapeError
 from unweave.ops import (
     ACTIVATIONS,
     Activation,
@@ -26,6 +26,7 @@ from unweave.ops import (
     LinearMap,
     Lookup,
     LowRank,
+    Masked,
     Pivoted,
     Readout,
     RMSNorm,
@@ -62,6 +63,9 @@ LINEAR_MAPS = {
         lambda: Stacked((Dense(rand(2, 7)), pivoted(), LowRank(rand(4, 1), Dense(rand(1, 7))))),
         14 + 12 + 11,
     ),
+    "masked": (lambda: Masked.keep(rand(5, 7), torch.arange(35).reshape(5, 7) % 3 == 0), 12 + 2),
+    "masked-empty": (lambda: Masked.keep(rand(5, 7), torch.zeros(5, 7, dtype=torch.bool)), 2),
+    "masked-full": (lambda: Masked.keep(rand(4, 8), torch.ones(4, 8, dtype=torch.bool)), 32 + 1),
 }
 
 
@@ -98,8 +102,24 @@ def test_select_outputs_picks_rows_and_minus_one_is_a_row_of_zeros(linear):
 @pytest.mark.parametrize("name", sorted(LINEAR_MAPS))
 def test_a_map_counts_the_numbers_it_stores(name):
     make, expected = LINEAR_MAPS[name]
-    assert make().n_parameters == expected
-    assert make().n_multiplications == expected
+    linear = make()
+    assert linear.n_parameters == expected
+    assert linear.n_multiplications == (len(linear.values) if isinstance(linear, Masked) else expected)
+
+
+def test_a_masked_map_stays_one_when_outputs_or_inputs_are_picked():
+    linear = LINEAR_MAPS["masked"][0]()
+    rows = linear.select_outputs(torch.tensor([4, -1, 0]))
+    assert isinstance(rows, Masked)
+    assert len(rows.values) == int(linear.mask[[4, 0]].sum())
+    columns = linear.select_inputs(torch.tensor([6, 0, 1]))
+    assert torch.equal(columns.dense(), linear.dense()[:, [6, 0, 1]])
+    assert len(columns.values) == int(linear.mask[:, [6, 0, 1]].sum())
+
+
+def test_a_masked_map_needs_one_value_per_kept_position():
+    with pytest.raises(ShapeError, match="keeps 12 positions"):
+        Masked(rand(11), torch.arange(35).reshape(5, 7) % 3 == 0)
 
 
 def test_pivoted_has_the_identity_at_its_pivots():

@@ -307,10 +307,10 @@ def trace(
     return out
 
 
-def run_stages(t: Trace, start: int, hooks: _Hooks | None = None) -> None:
-    """Run stage ``start`` and all after it, on top of what the trace holds of those before."""
+def run_stages(t: Trace, start: int, hooks: _Hooks | None = None, stop: int | None = None) -> None:
+    """Run stage ``start`` and all after it (or those before ``stop``), on top of what the trace holds already."""
     hooks = hooks or _Hooks(t.graph, frozenset(), {})
-    for s in range(start, len(t.plan.stages)):
+    for s in range(start, len(t.plan.stages) if stop is None else stop):
         try:
             _run_stage(t, s, hooks)
         except (UnweaveError, RuntimeError, IndexError) as error:

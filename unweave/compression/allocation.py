@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
 
 from unweave.compression.channels import Choice, Part, channel_parts
+from unweave.compression.compensation import sweep
+from unweave.compression.masks import Masker
 from unweave.compression.moments import ChannelMoments, channel_moments
 from unweave.data import TokenData
 from unweave.errors import InputError
@@ -17,7 +19,9 @@ from unweave.execution import check_inputs, trace
 from unweave.graph import Graph
 from unweave.scope import Scope, divergence, position_mask
 
-__all__ = ["Budgeter", "compress"]
+__all__ = ["FORMS", "Budgeter", "compress"]
+
+FORMS = ("low-rank", "sparse")
 
 PRICE_STEPS = 40
 # the share of all numbers below which looking for a use of them costs more time than it saves nats
@@ -31,18 +35,26 @@ def compress(
     *,
     size: float | None = None,
     kl_nats: float | None = None,
+    form: str = "low-rank",
     moments: Mapping[int, ChannelMoments] | None = None,
     samples: int = 2,
     batch_size: int = 16,
     seed: int = 0,
     progress: bool | None = None,
 ) -> Graph:
-    """A smaller graph: low-rank reads, fewer value dimensions per head, fewer neurons, constants for the rest.
+    """A smaller graph: narrower channels, or channels of fewer single weights, and constants for the rest.
 
     To second order the divergence is a sum over the network's matrices of 1/2 tr(G D A D^T), with D the change of
-    the matrix, A the second moment of what it reads and G that of the gradient at what it gives. Each part has a
-    curve of nats against stored numbers; one price per number for all of them gives the allocation. Means are
-    kept as constants, so that rank 0 is mean ablation.
+    the matrix, A the second moment of what it reads and G that of the gradient at what it gives. One price per
+    number for all of them gives the allocation. Means are kept as constants, so that keeping nothing is mean ablation.
+
+    - ``"low-rank"``: low-rank reads, fewer value dimensions per head, fewer neurons. Channels have narrow subspaces
+      to read and to write, and fewer multiplications.
+    - ``"sparse"``: single weights are kept and adjusted (:func:`unweave.compression.masks.sparsify`), then adjusted
+      again in execution order to the compressed graph's own activations
+      (:func:`unweave.compression.compensation.sweep`). Loses far fewer nats where matrices are nearly of full rank
+      (language models), more where they are not (toy models at small sizes). It has no narrow subspaces and runs as
+      dense as before.
 
     Args:
         graph: a captured graph with no edge cut.
@@ -57,11 +69,12 @@ def compress(
         A graph of the same nodes and edges.
 
     Raises:
-        InputError: not exactly one budget, or one that is out of range.
+        InputError: not exactly one budget, one that is out of range, or an unknown form.
 
     Cost:
         One forward and ``samples`` backward passes over the data, then eigendecompositions of the moments:
         O(d^3 + d_mlp^3) per layer. A budget in nats adds about eight forward passes over at most 64 sequences.
+        ``"sparse"`` adds four forward passes over the data per layer for each size tried (one, or about eight).
 
     Exact?
         At size 1 nothing is lost. Below, the prediction is second order and treats matrices one by one; the loss
@@ -80,16 +93,38 @@ def compress(
         raise InputError(f"size must be above 0 and at most 1, got {size}")
     if kl_nats is not None and not (kl_nats > 0 and math.isfinite(kl_nats)):
         raise InputError(f"kl_nats must be a positive number, got {kl_nats}")
+    if form not in FORMS:
+        raise InputError(f"unknown form {form!r}; known: {', '.join(FORMS)}")
     scope = scope or Scope()
     if moments is None:
         moments = channel_moments(
             graph, data, scope, samples=samples, batch_size=batch_size, seed=seed, progress=progress
         )
-    budgeter = Budgeter(graph, moments)
+    at_size = _sizes(form, graph, data, moments, batch_size, progress)
     if size is not None:
-        return budgeter.at_size(size)
+        return at_size(size)
     assert kl_nats is not None
-    return _to_error(budgeter, graph, data.select(slice(0, 64)), scope, kl_nats, batch_size)
+    return _to_error(at_size, graph, data.select(slice(0, 64)), scope, kl_nats, batch_size)
+
+
+def _sizes(
+    form: str,
+    graph: Graph,
+    data: TokenData,
+    moments: Mapping[int, ChannelMoments],
+    batch_size: int,
+    progress: bool | None,
+) -> Callable[[float], Graph]:
+    """What gives the graph of a form at any size."""
+    if form == "low-rank":
+        return Budgeter(graph, moments).at_size
+    masker = Masker(graph, moments)
+
+    def at_size(size: float) -> Graph:
+        small = masker.at_size(size)
+        return small if size == 1 else sweep(small, graph, data, moments, batch_size=batch_size, progress=progress)
+
+    return at_size
 
 
 class Budgeter:
@@ -146,14 +181,14 @@ class Budgeter:
 
 
 def _to_error(
-    budgeter: Budgeter, graph: Graph, data: TokenData, scope: Scope, kl_nats: float, batch_size: int
+    at_size: Callable[[float], Graph], graph: Graph, data: TokenData, scope: Scope, kl_nats: float, batch_size: int
 ) -> Graph:
     """The smallest size whose measured error is within the budget, by bisection."""
     low, high, best = 0.0, 1.0, graph
     for _ in range(8):
         size = (low + high) / 2
         try:
-            small = budgeter.at_size(size)
+            small = at_size(size)
         except InputError:
             low = size
             continue

@@ -1,7 +1,7 @@
 """What others do, at their usual allocations, so that every figure of ours has company.
 
-Each takes a graph and a share of the channels' numbers and returns a graph whose every matrix is a plain product
-of two factors, r (m + n) numbers for rank r, the same share for every matrix.
+Each takes a graph and a share of the channels' numbers and gives the same share to every matrix: as a plain product
+of two factors, r (m + n) numbers for rank r, or as single weights, one bit per position counted.
 """
 
 from __future__ import annotations
@@ -15,36 +15,35 @@ from torch import Tensor
 
 from unweave import tree
 from unweave.compression.factors import root
+from unweave.compression.masks import Metric, largest, solve
+from unweave.compression.matrices import Matrix, Place, channel_matrices, with_matrices
 from unweave.compression.moments import ChannelMoments
 from unweave.compression.refinement import trainable
 from unweave.data import TokenData
+from unweave.errors import InputError
 from unweave.execution import check_inputs, trace
-from unweave.graph import CHANNEL_KINDS, Graph, Stage
-from unweave.ops import Dense, LinearMap, LowRank
+from unweave.graph import Graph, Stage
+from unweave.ops import Dense, LinearMap, LowRank, Masked, mask_numbers
 
-__all__ = ["BASELINES", "activation_svd", "fisher_rows", "pca_slicing", "plain_svd", "row_fisher_svd"]
+__all__ = [
+    "BASELINES",
+    "activation_svd",
+    "fisher_rows",
+    "magnitude",
+    "pca_slicing",
+    "plain_svd",
+    "row_fisher_svd",
+    "sparse_regression",
+    "wanda",
+]
 
 Weights = Callable[[int, str, int], tuple[Tensor | None, Tensor | None]]
 
 
 def _with_maps(graph: Graph, change: Callable[[int, str, int, LinearMap], LinearMap]) -> Graph:
     """The graph with every channel matrix changed; reads are named by port and number, writes "write" and 0."""
-    stages = list(graph.stages)
-    for s, stage in enumerate(stages):
-        if stage.kind not in CHANNEL_KINDS or stage.write is None:
-            continue
-        ports = tuple(
-            dataclasses.replace(
-                port,
-                reads=tuple(
-                    dataclasses.replace(read, map=change(s, port.name, r, read.map))
-                    for r, read in enumerate(port.reads)
-                ),
-            )
-            for port in stage.ports
-        )
-        stages[s] = dataclasses.replace(stage, ports=ports, write=change(s, "write", 0, stage.write))
-    return dataclasses.replace(graph, stages=tuple(stages))
+    matrices = channel_matrices(graph)
+    return with_matrices(graph, {p: Matrix(change(*p, old.map), old.bias) for p, old in matrices.items()})
 
 
 def _uniform(graph: Graph, size: float, weights: Weights) -> Graph:
@@ -69,12 +68,7 @@ def _uniform(graph: Graph, size: float, weights: Weights) -> Graph:
 
 def _matrix_share(graph: Graph, size: float) -> float:
     """The share of the matrices' numbers, once norms and biases have theirs."""
-    matrices = sum(
-        m.n_parameters
-        for stage in graph.stages
-        if stage.kind in CHANNEL_KINDS and stage.write is not None
-        for m in [*(r.map for p in stage.ports for r in p.reads), stage.write]
-    )
+    matrices = sum(m.map.n_parameters for m in channel_matrices(graph).values())
     return (size * graph.n_channel_parameters - (graph.n_channel_parameters - matrices)) / matrices
 
 
@@ -90,12 +84,18 @@ def activation_svd(graph: Graph, size: float, moments: Mapping[int, ChannelMomen
     """
 
     def weights(s: int, port: str, r: int) -> tuple[Tensor | None, Tensor | None]:
-        m = moments[s]
-        mean = m.code if port == "write" else m.inputs[port]
-        centred = m.code2 if port == "write" else m.inputs2[port]
-        return None, root(centred + torch.outer(mean, mean))[0]
+        return None, root(_uncentred(moments, (s, port, r)))[0]
 
     return _uniform(graph, size, weights)
+
+
+def _uncentred(moments: Mapping[int, ChannelMoments], place: Place) -> Tensor:
+    """The second moment of what a matrix reads."""
+    s, port, _ = place
+    m = moments[s]
+    mean = m.code if port == "write" else m.inputs[port]
+    centred = m.code2 if port == "write" else m.inputs2[port]
+    return centred + torch.outer(mean, mean)
 
 
 def fisher_rows(graph: Graph, data: TokenData, batch_size: int = 4) -> dict[tuple[int, str, int], Tensor]:
@@ -182,9 +182,66 @@ def _numbers(stage: Stage, k: int) -> int:
     return k * (sum(r.map.d_out for p in stage.ports for r in p.reads) + stage.write.d_in)
 
 
+def _masked(graph: Graph, size: float, keep: Callable[[Place, Tensor, int], tuple[Tensor, Tensor]]) -> Graph:
+    """Every matrix with the same share of its weights: ``keep`` gives (weights, mask) for a number of them."""
+    share = _matrix_share(graph, size)
+
+    def change(s: int, port: str, r: int, old: LinearMap) -> LinearMap:
+        weight = old.dense()
+        count = int(share * weight.numel()) - mask_numbers(*weight.shape)
+        if count < 0:
+            raise InputError(f"size {size:.3g} is smaller than masks, biases and norms alone; ask for more")
+        new, mask = keep((s, port, r), weight, count)
+        return Masked.keep(new.to(weight), mask)
+
+    return _with_maps(graph, change)
+
+
+def magnitude(graph: Graph, size: float) -> Graph:
+    """The weights of every matrix that are largest in magnitude, as they are.
+
+    Source: Han et al. 2015, "Learning both Weights and Connections for Efficient Neural Networks".
+    """
+    return _masked(graph, size, lambda place, weight, count: (weight, largest([weight], count)[0]))
+
+
+def wanda(graph: Graph, size: float, moments: Mapping[int, ChannelMoments]) -> Graph:
+    """In every row, the weights of the largest |W_ij| sqrt(E x_j^2), as they are.
+
+    Source: Sun et al. 2023, "A Simple and Effective Pruning Approach for Large Language Models".
+    """
+
+    def keep(place: Place, weight: Tensor, count: int) -> tuple[Tensor, Tensor]:
+        worth = weight.abs() * _uncentred(moments, place).diagonal().clamp(min=0).sqrt().to(weight)
+        top = worth.topk(count // len(weight), dim=1).indices
+        return weight, torch.zeros_like(weight, dtype=torch.bool).scatter(1, top, True)
+
+    return _masked(graph, size, keep)
+
+
+def sparse_regression(graph: Graph, size: float, moments: Mapping[int, ChannelMoments]) -> Graph:
+    """Every matrix on its own: the sparse W' of the least E |W x - W' x|^2, x the original's inputs.
+
+    The published objective of SparseGPT, solved by our ADMM (as in Boza 2024) and not by its column-by-column
+    elimination, nor layer after layer on compressed inputs: G = I, uncentred inputs of the original, no constants.
+    Source: Frantar & Alistarh 2023, "SparseGPT: Massive Language Models Can Be Accurately Pruned in One-Shot".
+    """
+
+    def keep(place: Place, weight: Tensor, count: int) -> tuple[Tensor, Tensor]:
+        seen = _uncentred(moments, place)
+        metric = Metric.of(weight, seen, torch.eye(len(weight), dtype=seen.dtype, device=seen.device))
+        (values,), (mask,) = solve([metric], count)
+        return metric.weight(values), mask
+
+    return _masked(graph, size, keep)
+
+
 BASELINES: dict[str, str] = {
     "plain SVD": "truncated SVD, uniform ranks",
     "activation SVD": "SVD-LLM's activation-whitened SVD, uniform ranks",
     "row-Fisher SVD": "FWSVD, uniform ranks",
     "PCA slicing": "SliceGPT's idea, uniform width",
+    "magnitude": "the largest weights of every matrix",
+    "Wanda": "weights by magnitude times input norm, in every row",
+    "SparseGPT-like": "SparseGPT's objective solved by ADMM, one matrix at a time",
 }

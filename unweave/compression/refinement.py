@@ -52,7 +52,7 @@ def refine_factors(
 ) -> Graph:
     """Train the factors on the divergence to the original graph's output (Adam, cosine decay, clipped gradients).
 
-    Structure does not change: as many numbers are trained as are stored.
+    Structure does not change: as many numbers are trained as are stored; masks stay.
 
     Args:
         graph: compressed.

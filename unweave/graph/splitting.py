@@ -11,7 +11,7 @@ from torch import Tensor
 
 from unweave.errors import InputError
 from unweave.graph.parts import Port, Read, Stage
-from unweave.ops import Activation, Attention, Dense, LinearMap, LowRank
+from unweave.ops import Activation, Attention, Dense, LinearMap, LowRank, Masked
 
 __all__ = ["Parts", "part_names", "read_parts", "split_stage", "split_writers"]
 
@@ -104,4 +104,6 @@ def _pick_inputs(write: LinearMap, order: Sequence[int]) -> LinearMap:
         return write
     if isinstance(write, LowRank):
         return LowRank(write.left, _pick_inputs(write.right, order))
+    if isinstance(write, Masked):
+        return write.select_inputs(torch.tensor(order, device=write.mask.device))
     return Dense(write.dense()[:, torch.tensor(order)])

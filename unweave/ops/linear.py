@@ -11,12 +11,15 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
 from unweave import tree
+from unweave.errors import ShapeError
 
-__all__ = ["Dense", "Identity", "LinearMap", "LowRank", "Pivoted", "Stacked"]
+__all__ = ["Dense", "Identity", "LinearMap", "LowRank", "Masked", "Pivoted", "Stacked", "mask_numbers"]
+
+BITS_PER_NUMBER = 32
 
 
 class LinearMap(ABC):
@@ -40,15 +43,15 @@ class LinearMap(ABC):
     @property
     @abstractmethod
     def n_parameters(self) -> int:
-        """How many real numbers have to be stored."""
+        """How many real numbers have to be stored; which positions of a matrix are kept takes 1/32 number each."""
 
     @property
     def n_multiplications(self) -> int:
-        """Multiply-adds per application to one vector; equal to the stored numbers for every map here."""
+        """Multiply-adds per application to one vector; the stored numbers, unless a map says otherwise."""
         return self.n_parameters
 
 
-def _pick_rows(weight: Float[Tensor, "rows cols"], index: Int[Tensor, " n"]) -> Float[Tensor, "n cols"]:
+def _pick_rows(weight: Shaped[Tensor, "rows cols"], index: Int[Tensor, " n"]) -> Shaped[Tensor, "n cols"]:
     picked = weight[index.clamp(min=0)]
     return picked * (index >= 0).to(weight.dtype)[:, None] if bool((index < 0).any()) else picked
 
@@ -177,6 +180,62 @@ class LowRank(LinearMap):
     @property
     def n_parameters(self) -> int:
         return self.left.numel() + self.right.n_parameters
+
+
+def mask_numbers(d_out: int, d_in: int) -> int:
+    """What one bit per position of a matrix takes, in numbers of 32 bits, rounded up."""
+    return -(-d_out * d_in // BITS_PER_NUMBER)
+
+
+@tree.register
+@dataclass(frozen=True, eq=False)
+class Masked(LinearMap):
+    """W with single numbers kept and zeros elsewhere: the kept values, row by row, and one bit per position.
+
+    It runs as one dense matrix, which beats sparse products at these densities; its multiply-adds are nominal.
+    """
+
+    values: Float[Tensor, " kept"]
+    mask: Bool[Tensor, "d_out d_in"]
+
+    def __post_init__(self) -> None:
+        marked = int(self.mask.sum())
+        if marked != len(self.values):
+            raise ShapeError(f"a mask that keeps {marked} positions needs as many values, got {len(self.values)}")
+
+    @classmethod
+    def keep(cls, weight: Float[Tensor, "d_out d_in"], mask: Bool[Tensor, "d_out d_in"]) -> Masked:
+        """The entries of a matrix that a mask marks."""
+        return cls(weight[mask], mask)
+
+    @property
+    def d_in(self) -> int:  # type: ignore[override]
+        return self.mask.shape[1]
+
+    @property
+    def d_out(self) -> int:  # type: ignore[override]
+        return self.mask.shape[0]
+
+    def apply(self, x: Float[Tensor, "... d_in"]) -> Float[Tensor, "... d_out"]:
+        return F.linear(x, self.dense())
+
+    def dense(self) -> Float[Tensor, "d_out d_in"]:
+        return self.values.new_zeros(self.mask.shape).masked_scatter(self.mask, self.values)
+
+    def select_outputs(self, index: Int[Tensor, " n"]) -> LinearMap:
+        return Masked.keep(_pick_rows(self.dense(), index), _pick_rows(self.mask, index))
+
+    def select_inputs(self, index: Int[Tensor, " n"]) -> Masked:
+        """The map of the input coordinates at ``index`` alone."""
+        return Masked.keep(self.dense()[:, index], self.mask[:, index])
+
+    @property
+    def n_parameters(self) -> int:
+        return len(self.values) + mask_numbers(self.d_out, self.d_in)
+
+    @property
+    def n_multiplications(self) -> int:
+        return len(self.values)
 
 
 @tree.register
