@@ -45,6 +45,8 @@ LAYERS = (
     "scope",
     "statistics",
     "scoring",
+    "paths",
+    "heads",
     "compression",
     "evaluation",
     "storage",
