@@ -16,7 +16,7 @@ from unweave.errors import EmptyDataError, InputError, UnknownNameError
 from unweave.execution import run
 from unweave.heads import DETECTORS, View, _holm, score_heads
 from unweave.paths import ov_circuit
-from unweave.zoo import ToyTransformer
+from unweave.zoo import ToyConfig, ToyTransformer
 from unweave.zoo.induction import CONFIG
 from unweave.zoo.tracr import tracr_examples
 
@@ -245,6 +245,36 @@ def test_random_weights_get_no_label(induction, kind):
                 p.mul_(3)
     data = unweave.load_data("zoo:induction", limit=48)
     assert score_heads(capture(model, verify=False), data, delimiters=[0]).labels == {}
+
+
+@pytest.mark.parametrize("sign", [-1.0, 1.0])
+def test_a_head_built_to_suppress_copies(sign):
+    """One-hot tokens, a readout that predicts x + 1, a head that looks for what is predicted and lowers (raises) it."""
+    n = 12
+    model = ToyTransformer(ToyConfig(1, 1, n, n, 0, d_vocab=n, d_out=n, n_ctx=40))
+    eye, next_one = torch.eye(n), torch.eye(n).roll(1, 1)  # row x: x + 1
+    with torch.no_grad():
+        for p in model.parameters():
+            p.zero_()
+        model.W_E.copy_(eye)
+        model.W_U.copy_(next_one)
+        block = model.blocks[0]
+        block.W_Q.copy_(30 * next_one[None])
+        block.W_K.copy_(eye[None])
+        block.W_V.copy_(eye[None])
+        block.W_O.copy_(sign * next_one.T[None])  # after the readout: the token itself
+    data = from_tensor(torch.randint(n, (12, 40), generator=torch.Generator().manual_seed(0)))
+    found = score_heads(capture(model, verify=False), data)
+    kind = {"blocks.0.attn.head.0": ("copy-suppression",)}
+    assert found.labels == (kind if sign < 0 else {})
+
+
+def test_half_precision_finds_the_same_heads(induction):
+    data = unweave.load_data("zoo:induction", limit=16)
+    whole = score_heads(induction, data)
+    half = score_heads(induction.to(dtype=torch.bfloat16), data)
+    assert half.labels == whole.labels
+    assert half.score.dtype == torch.float32
 
 
 @pytest.mark.parametrize(

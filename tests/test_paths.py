@@ -190,6 +190,13 @@ def test_chosen_tokens_are_columns(families):
     assert torch.allclose(part, whole[:, [7, 3]])
 
 
+def test_where_there_is_no_stream_virtual_weights_are_the_layers():
+    model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.ReLU(), torch.nn.Linear(4, 2)).double()
+    graph = capture(model)
+    assert torch.equal(virtual_weight(graph, "input->layers.0.in"), model[0].weight)
+    assert torch.equal(virtual_weight(graph, "layers.0->output.in"), model[2].weight)
+
+
 def test_bfloat16_is_computed_in_float32(induction):
     graph = induction.to(dtype=torch.bfloat16)
     assert virtual_weight(graph, "embed->unembed.in").dtype == torch.float32
@@ -532,6 +539,19 @@ def test_true_edges_of_tracr_make_paths_and_others_do_not(shared, model):
     false = [e for e in graph.edges if e.dst == ends[0].src and e not in edges]
     assert false
     assert max(path_effect(graph, data, [edge, ends[0]], means, scope).nats for edge in false) < 1e-6
+
+
+def test_half_precision_is_near(induction):
+    data, half = unweave.load_data("zoo:induction", limit=8), induction.to(dtype=torch.bfloat16)
+    means, way = collect_means(induction, data), ["blocks.0.attn.head.0->blocks.1.attn.head.1.k"]
+    for frozen in ("none", "patterns and norms"):
+        whole = path_effect(induction, data, way, means, frozen=frozen).nats
+        assert math.isclose(path_effect(half, data, way, means, frozen=frozen).nats, whole, rel_tol=0.1, abs_tol=1e-3)
+    tokens = next(data.batches(2)).inputs
+    logits = run(half, tokens).logits.float()
+    terms = expand_paths(half, tokens)
+    assert terms.logits.dtype == torch.float32
+    assert (terms.total() - logits).abs().max() < 0.05 * logits.abs().max()
 
 
 def test_paths_that_make_no_sense_are_refused(induction, induction_data, families):

@@ -90,7 +90,7 @@ def virtual_weight(
         raise InputError(f"tokens= picks columns of an embedding, and {edge.src} is none; leave it out")
     writing = node_write(source, j, codes=codes, tokens=tokens)
     check_table(len(reading), writing.shape[1])
-    return reading @ writing
+    return reading @ writing.to(reading)
 
 
 def wide(x: Tensor) -> Tensor:
