@@ -14,7 +14,8 @@ from unweave.capture import capture
 from unweave.data import from_tensor
 from unweave.errors import EmptyDataError, InputError, UnknownNameError
 from unweave.execution import run
-from unweave.heads import DETECTORS, View, _holm, score_heads
+from unweave.heads import DETECTORS, View, score_heads
+from unweave.heads.scores import holm
 from unweave.paths import ov_circuit
 from unweave.zoo import ToyConfig, ToyTransformer
 from unweave.zoo.induction import CONFIG
@@ -197,10 +198,10 @@ def test_scores_do_not_depend_on_batching(induction, induction_data):
         assert torch.allclose(getattr(a, name), getattr(b, name), atol=1e-5, equal_nan=True)
 
 
-def test_holm():
+def testholm():
     p = torch.tensor([[0.01, 0.04, torch.nan], [0.03, 0.005, 0.9]], dtype=torch.float64)
     expected = torch.tensor([[0.04, 0.09, torch.nan], [0.09, 0.025, 0.9]], dtype=torch.float64)
-    assert torch.allclose(_holm(p), expected, equal_nan=True)
+    assert torch.allclose(holm(p), expected, equal_nan=True)
 
 
 # ---- known models ---------------------------------------------------------------------------------------
