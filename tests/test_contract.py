@@ -46,6 +46,8 @@ LAYERS = (
     "ablation",
     "statistics",
     "scoring",
+    "paths",
+    "heads",
     "compression",
     "evaluation",
     "circuits",
