@@ -12,10 +12,10 @@ from oracles import naive_run
 import unweave
 from unweave.capture import capture
 from unweave.compression import channel_moments, refine_factors
-from unweave.compression.allocation import Budgeter, mean_divergence
+from unweave.compression.allocation import Budgeter, compress, mean_divergence
 from unweave.compression.baselines import activation_svd, fisher_rows, pca_slicing, plain_svd, row_fisher_svd
 from unweave.compression.factors import compensated_write, eliminate_neurons, pivot, root, spectrum, to_map
-from unweave.data import from_tensor
+from unweave.data import float_data, from_tensor
 from unweave.errors import InputError, NonFiniteError
 from unweave.execution import run
 from unweave.scope import Scope
@@ -232,3 +232,33 @@ def test_bad_budgets_are_refused(induction, induction_data, budget):
 def test_a_cut_graph_is_refused(induction, induction_data):
     with pytest.raises(InputError, match="cut edges"):
         unweave.compress(induction.restrict(induction.edges[1:], ablation="zero"), induction_data, size=0.5)
+
+
+def test_a_plain_mlp_is_compressed(tmp_path):
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(
+        torch.nn.Linear(7, 21), torch.nn.ReLU(), torch.nn.Linear(21, 21), torch.nn.Tanh(), torch.nn.Linear(21, 3)
+    )
+    graph, data = capture(model), float_data(torch.randn(64, 7))
+    scope = Scope(divergence="gaussian")
+    errors = []
+    for size in (0.9, 0.6, 0.4):
+        small = compress(graph, data, scope, size=size)
+        assert small.n_channel_parameters <= size * graph.n_channel_parameters
+        errors.append(mean_divergence(graph, small, data, scope))
+    assert errors[0] < 0.3 * errors[2]
+    assert errors == sorted(errors)
+
+
+def test_moments_of_heads_of_unequal_widths_are_those_of_their_own_codes(induction_data):
+    graph, data = capture("zoo:induction"), induction_data
+    small = compress(graph, data, size=0.2)
+    widths = [stage.code_widths for stage in small.stages if stage.kind == "attn"]
+    assert any(len(set(w)) > 1 for w in widths)
+    for s, m in channel_moments(small, data, Scope()).items():
+        (batch,) = data.batches(len(data))
+        codes = [run(small, batch.inputs, record=[f"{n}.code"]).values[f"{n}.code"] for n in small.stages[s].nodes]
+        own = torch.cat([c[..., :w] for c, w in zip(codes, small.stages[s].code_widths, strict=True)], -1)
+        flat = own[batch.mask].double()
+        torch.testing.assert_close(m.code, flat.mean(0))
+        torch.testing.assert_close(m.code2, torch.cov(flat.T, correction=0), atol=1e-6, rtol=1e-5)

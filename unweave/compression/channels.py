@@ -28,7 +28,7 @@ from unweave.compression.factors import (
 )
 from unweave.compression.moments import ChannelMoments
 from unweave.graph import Port, Read, Stage
-from unweave.ops import Attention, Dense, LinearMap, Pivoted, Stacked
+from unweave.ops import Attention, Dense, Identity, LinearMap, Pivoted, Stacked
 
 __all__ = ["Choice", "Part", "channel_parts"]
 
@@ -64,6 +64,8 @@ class Part(ABC):
 
 def channel_parts(stage: Stage, moments: ChannelMoments) -> list[Part]:
     """The parts of an attention or MLP stage."""
+    if isinstance(stage.write, Identity):  # its neurons are the stream of the next layer: none can go
+        return [ReadPart(stage, moments, 0)]
     if not isinstance(stage.core, Attention):
         return [MlpPart(stage, moments)]
     core = stage.core

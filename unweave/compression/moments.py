@@ -8,12 +8,12 @@ Source: Martens & Grosse 2015 (Kronecker-factored curvature), used here for comp
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from einops import rearrange, reduce
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from unweave.ablation import Means, Replacement
@@ -213,11 +213,12 @@ def moments_from(graph: Graph, sums: Sums, samples: int) -> dict[int, ChannelMom
 
 
 def _finish(sums: Sums, s: int, graph: Graph, samples: int) -> ChannelMoments:
-    n, scoped = sums["real_tokens"], sums["scoped"] * samples
-    ports = graph.stages[s].ports
+    n, scoped, stage = sums["real_tokens"], sums["scoped"] * samples, graph.stages[s]
+    ports = stage.ports
     inputs = {p.name: sums[f"{s}.{p.name}.n"] / n for p in ports}
-    reads = [(p.name, r) for p in ports for r in range(len(p.reads))]
-    code = sums[f"{s}.c"] / n
+    reads = {(p.name, r): _unpadded(read.widths) for p in ports for r, read in enumerate(p.reads)}
+    own = _unpadded(stage.code_widths)
+    code = sums[f"{s}.c"][own] / n
 
     def centred(second: Tensor, mean: Tensor) -> Tensor:
         return second / n - torch.outer(mean, mean)
@@ -225,9 +226,14 @@ def _finish(sums: Sums, s: int, graph: Graph, samples: int) -> ChannelMoments:
     return ChannelMoments(
         inputs,
         {p.name: centred(sums[f"{s}.{p.name}.nn"], inputs[p.name]) for p in ports},
-        {(p, r): sums[f"{s}.{p}.{r}.aa"] / n for p, r in reads},
-        {(p, r): sums[f"{s}.{p}.{r}.gg"] / scoped for p, r in reads},
+        {(p, r): sums[f"{s}.{p}.{r}.aa"][i][:, i] / n for (p, r), i in reads.items()},
+        {(p, r): sums[f"{s}.{p}.{r}.gg"][i][:, i] / scoped for (p, r), i in reads.items()},
         code,
-        centred(sums[f"{s}.cc"], code),
+        centred(sums[f"{s}.cc"][own][:, own], code),
         sums[f"{s}.yy"] / scoped,
     )
+
+
+def _unpadded(widths: Sequence[int]) -> Int[Tensor, " outputs"]:
+    """Where blocks of unequal widths lie once all are padded to the widest."""
+    return torch.cat([b * max(widths) + torch.arange(w) for b, w in enumerate(widths)])
