@@ -47,6 +47,7 @@ LAYERS = (
     "scoring",
     "compression",
     "evaluation",
+    "tasks",
     "storage",
     "subspaces",
     "generation",
