@@ -25,6 +25,7 @@ class Prompt:
         frame: text with fields in braces.
         clean, corrupted: what stands in each field.
         correct, wrong: the answers, as text that continues the clean prompt by one token.
+        note: what depends on the tokenizer, for the task's description.
     """
 
     frame: str
@@ -32,6 +33,7 @@ class Prompt:
     corrupted: Mapping[str, str]
     correct: tuple[str, ...]
     wrong: tuple[str, ...]
+    note: str = ""
 
 
 @dataclass(frozen=True)
@@ -137,6 +139,7 @@ def greater_than(speller: Speller, rng: Random) -> Iterator[Prompt]:
                 {**fields, "year": "01"},
                 tuple(y for y in whole if y > year),
                 tuple(y for y in whole if y <= year),
+                "two digits in one token",
             )
     if len(digits) < 10:
         raise InputError(
@@ -157,6 +160,7 @@ def greater_than(speller: Speller, rng: Random) -> Iterator[Prompt]:
             {**fields, "tens": "0"},
             tuple(d for d in digits if d > tens),
             tuple(d for d in digits if d < tens),
+            "digit by digit: the next token is the tens digit",
         )
 
 

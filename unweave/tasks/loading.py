@@ -203,6 +203,8 @@ def load_task(
     """
     if align not in get_args(Align):
         raise InputError(f"align must be one of {', '.join(get_args(Align))}, got {align!r}")
+    if first is not None and tokenizer is None:
+        raise InputError("first= is put before texts, and without a tokenizer all prompts are ids; write it there")
     path = Path(path).expanduser()
     vocabulary = len(tokenizer) if vocabulary is None and tokenizer is not None else vocabulary
     reader = _Reader(None if tokenizer is None else Speller(tokenizer, first), vocabulary)

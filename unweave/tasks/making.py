@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from random import Random
 from string import Formatter
 from typing import Any
@@ -32,6 +33,7 @@ class _Made:
     corrupted: tuple[int, ...]
     answers: Mapping[str, Sequence[int]]
     places: Mapping[str, Sequence[int]]
+    note: str = ""
 
 
 def list_tasks() -> dict[str, str]:
@@ -90,7 +92,7 @@ def make_task(
     rng = Random(seed)
     if name == "induction":
         ids, lead = _alphabet(tokenizer, vocabulary, first)
-        made = _induction(ids, lead, n, length or INDUCTION_LENGTH, rng)
+        made = _induction(ids, lead, n, INDUCTION_LENGTH if length is None else length, rng)
     else:
         if tokenizer is None or length is not None:
             needs = "a tokenizer" if tokenizer is None else "no length: its prompts are as long as its text"
@@ -103,8 +105,8 @@ def make_task(
         {place: [p.places[place] for p in made] for place in made[0].places},
         name=name,
         metric=metric,
-        description=list_tasks()[name],
-        vocabulary=vocabulary,
+        description=list_tasks()[name] + (f" ({made[0].note})" if made[0].note else ""),
+        vocabulary=len(tokenizer) if vocabulary is None else vocabulary,
     )
 
 
@@ -115,9 +117,8 @@ def _texts(template: Template, speller: Speller, n: int, rng: Random) -> list[_M
     """Draw until ``n`` different prompts of one length are there, or no more come."""
     by_length: dict[int, dict[tuple[int, ...], _Made]] = {}
     refused: Counter[str] = Counter()
-    prompts = template.draw(speller, rng)
-    for _ in range(DRAWS * max(n, FEWEST)):
-        made = _make(template, speller, next(prompts))
+    for prompt in islice(template.draw(speller, rng), DRAWS * max(n, FEWEST)):
+        made = _make(template, speller, prompt)
         if isinstance(made, str):
             refused[made] += 1
             continue
@@ -153,7 +154,7 @@ def _make(template: Template, speller: Speller, prompt: Prompt) -> _Made | str:
     if len(answers) < len(tails) or len(set(answers)) < len(answers):
         return f"an answer to {clean!r} is not one token"
     k = len(prompt.correct)
-    return _Made(spelt.ids, twin.ids, {"correct": answers[:k], "wrong": answers[k:]}, places)
+    return _Made(spelt.ids, twin.ids, {"correct": answers[:k], "wrong": answers[k:]}, places, prompt.note)
 
 
 def _fill(frame: str, fields: Mapping[str, str]) -> tuple[str, dict[str, tuple[int, int]]]:

@@ -38,7 +38,7 @@ class Speller:
         first: the id put before every text; None for what the tokenizer puts there by itself.
 
     Raises:
-        InputError: a tokenizer that does not tell which characters a token stands for.
+        InputError: a tokenizer that does not tell which characters a token stands for, or ``first`` outside it.
     """
 
     def __init__(self, tokenizer: Any, first: int | None = None) -> None:
@@ -47,6 +47,8 @@ class Speller:
                 f"{type(tokenizer).__name__} does not tell which characters a token stands for; give a fast Hugging "
                 "Face tokenizer (AutoTokenizer.from_pretrained(...))"
             )
+        if first is not None and not 0 <= first < len(tokenizer):
+            raise InputError(f"first is id {first}, outside the tokenizer's vocabulary of {len(tokenizer)}")
         self.tokenizer = tokenizer
         self.unknown = tokenizer.unk_token_id
         self.lead = self._own_lead() if first is None else (first,)
