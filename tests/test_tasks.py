@@ -259,6 +259,24 @@ def test_tokenizers_that_cut_numbers_alike_get_digits_and_others_pairs():
     assert digits.data.tokens.shape[1] == pairs.data.tokens.shape[1] + 4  # the first token, two centuries, the year
 
 
+def test_where_stop_and_quote_are_one_token_the_prompt_ends_before_them():
+    apart = make_task("quotes", TOKENIZERS["words"](), n=16)
+    tokenizer = TOKENIZERS["words, stop and quote joined"]()
+    joined = make_task("quotes", tokenizer, n=16)
+    assert all(text_of(TOKENIZERS["words"](), row).endswith(".") for row in apart.data.tokens)
+    assert not any("." in text_of(tokenizer, row) for row in joined.data.tokens)
+    assert '."' in answers(tokenizer, joined, "correct", 0) | answers(tokenizer, joined, "wrong", 0)
+
+
+def test_random_texts_are_made_of_words(shared):
+    tokenizer = load_tokenizer(shared / "models" / "stories260K")
+    used = make_task("induction", tokenizer).data.tokens
+    assert bool((used[:, 0] == tokenizer.bos_token_id).all())
+    pieces = tokenizer.convert_ids_to_tokens(used[:, 1:].unique().tolist())
+    assert len(pieces) > 200
+    assert all(piece.removeprefix("\u2581").isalpha() for piece in pieces)
+
+
 def test_what_a_tokenizer_puts_first_is_there_and_nothing_after():
     tokenizer = TOKENIZERS["words, single digits, a first token"]()
     assert tokenizer("The key")["input_ids"][-1] == 1, "this one also puts a token last"
@@ -274,7 +292,7 @@ def test_tasks_are_the_same_for_the_same_seed():
     tokenizer = TOKENIZERS["words"]()
     for name in list_tasks():
         one, two, other = (make_task(name, tokenizer, n=16, seed=seed) for seed in (0, 0, 1))
-        assert one.fingerprint() == two.fingerprint() != other.fingerprint()
+        assert one.fingerprint() == two.fingerprint() != other.fingerprint(), name
 
 
 # ---- induction ------------------------------------------------------------------------------------------
@@ -633,6 +651,13 @@ def test_bad_files_are_refused(tmp_path):
     (tmp_path / "b.jsonl").write_bytes(b'{"clean": "\xff"}')
     with pytest.raises(InputError, match=r"b\.jsonl:1 is not UTF-8"):
         load_task(tmp_path / "b.jsonl")
+
+
+def test_a_span_that_no_token_covers_is_refused(tmp_path, shared):
+    tokenizer = load_tokenizer(shared / "models" / "pylm")  # says that the space before a word is no part of its token
+    path = write(tmp_path / "a.jsonl", {"clean": "def f", "spans": {"gap": [3, 4]}})
+    with pytest.raises(InputError, match=r"a\.jsonl:1: the span 'gap' covers no token, only ' '; widen it"):
+        load_task(path, tokenizer)
 
 
 @pytest.fixture

@@ -151,9 +151,12 @@ class _Reader:
                 f"{self.place}: the span {name!r} must be a part of the text of 'clean', or [first, end] within it "
                 f"(characters of text, or tokens of ids), got {span!r}"
             )
-        if isinstance(clean, str):
-            return self._spelling(f"{name!r}").spell(clean).overlapping(*span)
-        return list(range(*span))
+        if not isinstance(clean, str):
+            return list(range(*span))
+        positions = self._spelling(f"{name!r}").spell(clean).overlapping(*span)
+        if not positions:
+            raise InputError(f"{self.place}: the span {name!r} covers no token, only {clean[slice(*span)]!r}; widen it")
+        return positions
 
 
 def load_task(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -19,6 +20,8 @@ __all__ = ["INDUCTION", "TEMPLATES", "list_tasks", "make_task"]
 
 INDUCTION = "a random text is repeated: what followed this token before?"
 INDUCTION_LENGTH = 24
+# how sentencepiece writes a byte that no other token spells
+BYTE = re.compile("<0x[0-9A-F]{2}>")
 # fewer distinct prompts say little about a model
 FEWEST = 16
 # draws per prompt asked for before a template is taken to have no more
@@ -60,7 +63,8 @@ def make_task(
     """A ready-made behaviour, in prompts for this tokenizer.
 
     All prompts have one length, no two are equal, and each differs from its corrupted one only at the positions
-    that are named for it. The same for the same seed. Guessing is right half of the time: correct and wrong answers
+    that are named for it, so that means may be taken by position (``collect_means(..., per_position=True)``). The
+    same for the same seed. Guessing is right half of the time: correct and wrong answers
     change places (but see "greater-than": there the corrupted prompts are the proof).
 
     Args:
@@ -183,9 +187,12 @@ def _alphabet(tokenizer: Any, vocabulary: int | None, first: int | None) -> tupl
         return [i for i in range(vocabulary) if i not in lead], lead
     speller = Speller(tokenizer, first)
     special = {*tokenizer.all_special_ids, *speller.lead}
-    words = tokenizer.batch_decode([[i] for i in range(min(len(tokenizer), vocabulary or len(tokenizer)))])
-    # bytes and signs are seldom repeated in any text: whole or part words, as in Olsson et al. 2022
-    return [i for i, word in enumerate(words) if i not in special and word.strip().isalpha()], speller.lead
+    n = min(len(tokenizer), vocabulary or len(tokenizer))
+    pieces = tokenizer.convert_ids_to_tokens(list(range(n)))
+    words = zip(pieces, tokenizer.batch_decode([[i] for i in range(n)]), strict=True)
+    # whole or part words, as in Olsson et al. 2022: signs and single bytes are seldom repeated in any text
+    usable = [BYTE.fullmatch(piece or "") is None and word.strip().isalpha() for piece, word in words]
+    return [i for i, ok in enumerate(usable) if ok and i not in special], speller.lead
 
 
 def _induction(ids: Sequence[int], lead: tuple[int, ...], n: int, length: int, rng: Random) -> list[_Made]:
