@@ -653,8 +653,10 @@ def test_bad_files_are_refused(tmp_path):
         load_task(tmp_path / "b.jsonl")
 
 
-def test_a_span_that_no_token_covers_is_refused(tmp_path, shared):
-    tokenizer = load_tokenizer(shared / "models" / "pylm")  # says that the space before a word is no part of its token
+def test_a_span_that_no_token_covers_is_refused(tmp_path):
+    bare = Tokenizer(models.WordLevel({"<unk>": 0, "def": 1, "f": 2}, unk_token="<unk>"))
+    bare.pre_tokenizer = pre_tokenizers.Whitespace()  # spaces are part of no token
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bare, unk_token="<unk>")
     path = write(tmp_path / "a.jsonl", {"clean": "def f", "spans": {"gap": [3, 4]}})
     with pytest.raises(InputError, match=r"a\.jsonl:1: the span 'gap' covers no token, only ' '; widen it"):
         load_task(path, tokenizer)
