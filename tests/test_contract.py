@@ -51,6 +51,7 @@ LAYERS = (
     "compression",
     "evaluation",
     "circuits",
+    "tasks",
     "storage",
     "subspaces",
     "generation",

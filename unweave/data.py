@@ -20,7 +20,7 @@ from unweave import zoo
 from unweave.errors import CorruptFileError, EmptyDataError, InputError, MissingExtraError, ShapeError, StorageError
 from unweave.progress import track
 
-__all__ = ["Batch", "TokenData", "float_data", "from_tensor", "load_data"]
+__all__ = ["Batch", "TokenData", "float_data", "from_tensor", "load_data", "numbered_lines"]
 
 SUFFIXES = (".jsonl", ".npy", ".safetensors", ".txt")
 # a longer text document is tokenised in pieces cut at line ends, so that no file has to fit in memory
@@ -381,7 +381,7 @@ def _read_file(path: Path, text_field: str, where: dict[str, Any]) -> Iterator[P
         yield from readers[path.suffix](path)
 
 
-def _lines(path: Path) -> Iterator[tuple[int, str]]:
+def numbered_lines(path: Path) -> Iterator[tuple[int, str]]:
     """(number, text) of each line of a UTF-8 file, one in memory at a time."""
     offset = 0
     try:
@@ -404,7 +404,7 @@ def _read_txt(path: Path) -> Iterator[Piece]:
     kept: list[str] = []
     blanks: list[str] = []
     first, size = True, 0
-    for _, raw in _lines(path):
+    for _, raw in numbered_lines(path):
         line = raw.rstrip("\r\n")
         if not line.strip():
             blanks.append(line)
@@ -423,7 +423,7 @@ def _read_txt(path: Path) -> Iterator[Piece]:
 
 
 def _read_jsonl(path: Path, text_field: str, where: dict[str, Any]) -> Iterator[Piece]:
-    for number, line in _lines(path):
+    for number, line in numbered_lines(path):
         if not line.strip():
             continue
         try:
