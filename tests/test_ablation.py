@@ -139,3 +139,14 @@ def test_means_given_are_means_used(graph, data):
     means = collect_means(graph, data.select(slice(0, 3)))
     given = score_edges(graph, data, means=means)
     assert not torch.allclose(given.nats, score_edges(graph, data).nats, equal_nan=True)
+
+
+def test_means_per_position_do_not_depend_on_how_texts_are_batched(graph):
+    mask = torch.ones(6, 7, dtype=torch.bool)
+    mask[2:, 5:], mask[4:, 3:] = False, False
+    data = from_tensor(random_tokens(0), mask)
+    together, apart = (collect_means(graph, data, per_position=True, batch_size=b) for b in (6, 2))
+    by_hand = run(graph, random_tokens(0)[:2], record=["embed"]).values["embed"].mean(0)
+    for writer in graph.writers:
+        torch.testing.assert_close(together[writer], apart[writer])
+    torch.testing.assert_close(together["embed"][5:], by_hand[5:])

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from unweave.evaluation import Faithfulness, evaluate
     from unweave.execution import Run, run
     from unweave.graph import Edge, Graph
+    from unweave.heads import score_heads
     from unweave.pipeline import Decompiled, decompile
     from unweave.report import write_report
     from unweave.scope import Quotient, Scope
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from unweave.statistics import collect_means
     from unweave.storage import load_graph, save_graph
     from unweave.subspaces import node_subspaces
+    from unweave.tasks import Task, check_task, make_task
 
 __version__ = "0.1.0"
 
@@ -40,10 +42,12 @@ _HOME = {
     "Quotient": "scope",
     "Run": "execution",
     "Scope": "scope",
+    "Task": "tasks",
     "TokenData": "data",
     "UnweaveError": "errors",
     "capture": "capture",
     "channel_moments": "compression",
+    "check_task": "tasks",
     "collect_means": "statistics",
     "compress": "compression",
     "decompile": "pipeline",
@@ -53,12 +57,14 @@ _HOME = {
     "load_graph": "storage",
     "load_model": "capture",
     "load_tokenizer": "capture",
+    "make_task": "tasks",
     "node_subspaces": "subspaces",
     "prove": "circuits",
     "refine_factors": "compression",
     "run": "execution",
     "save_graph": "storage",
     "score_edges": "scoring",
+    "score_heads": "heads",
     "write_report": "report",
 }
 
@@ -72,11 +78,13 @@ __all__ = [
     "Quotient",
     "Run",
     "Scope",
+    "Task",
     "TokenData",
     "UnweaveError",
     "__version__",
     "capture",
     "channel_moments",
+    "check_task",
     "collect_means",
     "compress",
     "decompile",
@@ -86,12 +94,14 @@ __all__ = [
     "load_graph",
     "load_model",
     "load_tokenizer",
+    "make_task",
     "node_subspaces",
     "prove",
     "refine_factors",
     "run",
     "save_graph",
     "score_edges",
+    "score_heads",
     "write_report",
 ]
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
@@ -143,7 +144,9 @@ def collect_means(
             kept = "t" if per_position else ""
             sums = torch.einsum(f"bntd,bt->n{kept}d", each.to(torch.float64), weight)
             out[str(s)] = sums if per_position else sums[:, None]
-        return out
+        # a batch is as long as its longest text
+        short = data.tokens.shape[1] - batch.inputs.shape[1] if per_position else 0
+        return {k: F.pad(v, (0, short) if k == "tokens" else (0, 0, 0, short)) for k, v in out.items()}
 
     sums = accumulate(
         data,

@@ -29,6 +29,8 @@ GRID = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5)
 # share of a circuit's edges that one round tries to exchange, and to remove, at first
 FIRST_EXCHANGE = 0.25
 FIRST_REMOVAL = 0.5
+# so many edges can all be measured
+FEW_EDGES = 256
 # for a budget in edges: how many targets in nats are tried, down to this share of the empty circuit's nats
 TARGETS = 6
 LEAST_TARGET = 1e-4
@@ -46,7 +48,7 @@ def find_circuit(
     faithfulness: float | None = None,
     ablation: Kind = "mean",
     means: Means | None = None,
-    method: str = "fisher",
+    method: str = "auto",
     scores: EdgeScores | None = None,
     level: str = "edge",
     samples: int = 4,
@@ -71,7 +73,9 @@ def find_circuit(
         kl_nats: stay within so many nats per token of the scope (of its divergence); or
         faithfulness: reach 1 - nats / nats of the empty circuit.
         ablation, means: what ablated edges carry, see :class:`Replacement`.
-        method, samples: how edges are scored at first, see :func:`score_edges`.
+        method, samples: how edges are scored at first, see :func:`score_edges`; "auto" measures every edge ("exact")
+            of a graph with at most 256, where an attribution saves little and can miss saturated edges, and takes
+            "fisher" otherwise.
         scores: known already.
         level: "edge", or "node": all edges between the nodes kept, and nodes are what is chosen.
         max_trials: measurements at most; the search stops there with what it has.
@@ -105,6 +109,8 @@ def find_circuit(
     scope = scope or Scope()
     options: dict[str, Any] = {"batch_size": batch_size, "progress": progress}
     instead, data = replacement(graph, data, ablation, means=means, seed=seed, **options)
+    if method == "auto":
+        method = "exact" if graph.n_edges <= FEW_EDGES else "fisher"
     if scores is None:
         given: dict[str, Any] = {"ablation": ablation, "means": instead.means, "method": method}
         scores = score_edges(graph, data, scope, samples=samples, seed=seed, **given, **options)

@@ -97,8 +97,5 @@ def matrix_moments(graph: Graph, moments: Mapping[int, ChannelMoments], place: P
         found = MatrixMoments(torch.zeros_like(m.code), seen, felt)
     map_ = channel_matrices(graph)[place].map
     if (len(found.inputs2), len(found.felt2)) != (map_.d_in, map_.d_out):
-        raise InputError(
-            f"the moments of {stage.nodes[0]} do not fit its matrices: take them from this graph, and from one as it "
-            "was captured (compressed heads of unequal widths cannot be compressed again)"
-        )
+        raise InputError(f"the moments of {stage.nodes[0]} do not fit its matrices: take them from this very graph")
     return found

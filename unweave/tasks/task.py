@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
+from unweave.ablation import CORRUPTED
 from unweave.data import Batch, TokenData, from_tensor
 from unweave.errors import EmptyDataError, InputError, ShapeError, UnknownNameError
 from unweave.scope import Divergence, Scope, describe, position_mask
@@ -72,6 +73,17 @@ class Task:
         if self.corrupted is not None:
             self._check_pairs(self.corrupted)
             object.__setattr__(self, "corrupted", dataclasses.replace(self.corrupted, labels=self.data.labels))
+
+    @property
+    def paired(self) -> TokenData:
+        """The clean prompts with their corrupted partners as a label, as counterfactual ablation wants them.
+
+        Raises:
+            InputError: the task has no corrupted prompts.
+        """
+        if self.corrupted is None:
+            raise InputError(f"the task {self.name!r} has no corrupted prompts; ablate by mean, zero or resample")
+        return dataclasses.replace(self.data, labels={**self.data.labels, CORRUPTED: self.corrupted.tokens})
 
     def _check_answers(self) -> None:
         there = [name for name in ANSWERS if name in self.data.labels]
