@@ -49,6 +49,7 @@ LAYERS = (
     "evaluation",
     "storage",
     "subspaces",
+    "export",
     "generation",
     "report",
     "pipeline",
