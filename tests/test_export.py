@@ -161,7 +161,9 @@ def test_the_known_circuit_is_in_the_file(scored, tmp_path):
     # an attention-only model: the MLPs of the format are listed and empty
     assert not any(edge["in_graph"] for name, edge in file["edges"].items() if "m0" in name or "m1" in name)
     assert file["nodes"]["m0"] == {"in_graph": False}
-    assert math.isclose(file["nodes"]["input"]["score"], float(scored.node_nats[:2].double().sum()), rel_tol=1e-9)
+    assert math.isclose(
+        file["unweave"]["node_scores"]["input"], float(scored.node_nats[:2].double().sum()), rel_tol=1e-9
+    )
     values, in_graph = from_eap_json(path, graph)
     assert torch.equal(in_graph, scored.top(12))
     assert torch.equal(values.nan_to_num(-1), scored.nats.nan_to_num(-1))

@@ -91,12 +91,14 @@ def to_eap_json(
         "unweave": __version__,
         "name": str(graph.info.get("name", "graph")),
         "unscored": grid.name_edges(real & ~scored),
+        # not with the nodes, where the format has a place for them: eap 2.0.0 cannot save what it so loaded
+        "node_scores": _node_scores(layout, scores),
     }
     if len(layout.inputs) > 1:
         extras["input"] = _split_input(graph, layout, values, kept)
     data = {
         "cfg": {name: getattr(grid, name) for name in SIZES} | {"parallel_attn_mlp": grid.parallel},
-        "nodes": _nodes(grid, members, _node_scores(layout, scores)),
+        "nodes": _nodes(grid, members),
         "edges": {name: {"score": score, "in_graph": member} for name, score, member in rows},
         "unweave": extras,
     }
@@ -116,13 +118,12 @@ def _check_circuit(graph: Graph, in_graph: Tensor) -> Bool[Tensor, "ports writer
     return in_graph.cpu()
 
 
-def _nodes(grid: Grid, members: Tensor, scores: Mapping[str, float]) -> dict[str, dict[str, Any]]:
+def _nodes(grid: Grid, members: Tensor) -> dict[str, dict[str, bool]]:
     """A node is in the circuit if an edge into or out of it is; so are input and logits, always."""
     touched = {grid.sources[i] for i in members.any(1).nonzero()[:, 0].tolist()}
     touched |= {grid.targets[j].partition("<")[0] for j in members.any(0).nonzero()[:, 0].tolist()}
     touched |= {"input", "logits"}
-    own = {name: {"score": score} for name, score in scores.items()}
-    return {name: {"in_graph": name in touched} | own.get(name, {}) for name in (*grid.sources, "logits")}
+    return {name: {"in_graph": name in touched} for name in (*grid.sources, "logits")}
 
 
 def _node_scores(layout: Layout, scores: Scores | None) -> dict[str, float]:
