@@ -23,7 +23,7 @@ TOLERANCE = 1e-4
 
 
 class Prompts(NamedTuple):
-    """Clean and corrupted tokens ``[n pos]``; at ``end`` the model should prefer ``correct`` to ``wrong``, all ``[n]``."""
+    """Clean and corrupted tokens ``[n pos]``; at ``end`` the model should prefer ``correct`` to ``wrong`` (``[n]``)."""
 
     clean: Tensor
     corrupted: Tensor
