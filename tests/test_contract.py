@@ -54,6 +54,7 @@ LAYERS = (
     "tasks",
     "storage",
     "subspaces",
+    "export",
     "generation",
     "report",
     "pipeline",
