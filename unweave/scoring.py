@@ -28,7 +28,7 @@ from einops import rearrange, repeat
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from unweave.ablation import Kind, Means, Replacement, batch_trace
+from unweave.ablation import Means, Replacement, batch_trace
 from unweave.data import Batch, TokenData
 from unweave.errors import EmptyDataError, InputError
 from unweave.execution import PortPlan, Trace, finish_stage, run_stages
@@ -127,7 +127,7 @@ def score_edges(
     scope: Scope | None = None,
     *,
     method: str = "fisher",
-    ablation: Kind = "mean",
+    ablation: str = "mean",
     means: Means | None = None,
     samples: int = 2,
     steps: int = 5,

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from unweave.ablation import KINDS, Kind, Means, Replacement, counterfactual_trace, pair_at_random
+from unweave.ablation import KINDS, Means, Replacement, counterfactual_trace, pair_at_random
 from unweave.data import Batch, TokenData
 from unweave.errors import EmptyDataError, InputError, NonFiniteError
 from unweave.execution import Trace, check_inputs, plan_of, trace
@@ -176,7 +176,7 @@ def _write_means(graph: Graph, s: int, codes: Float[Tensor, "nodes #pos width"])
 
 
 def replacement(
-    graph: Graph, data: TokenData, kind: Kind = "mean", *, means: Means | None = None, seed: int = 0, **options: Any
+    graph: Graph, data: TokenData, kind: str = "mean", *, means: Means | None = None, seed: int = 0, **options: Any
 ) -> tuple[Replacement, TokenData]:
     """What ablated edges carry, with the means collected and the partners drawn that the kind needs.
 

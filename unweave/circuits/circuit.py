@@ -76,8 +76,12 @@ class Circuit:
         return f"Circuit({self.n_edges} edges, {share:.2%} of the graph, {len(self.nodes)} nodes, {self.nats:.3g} nats)"
 
 
-def connected(graph: Graph, keep: Bool[Tensor, "ports writers"]) -> Bool[Tensor, "ports writers"]:
+def connected(graph: Graph, keep: Bool[Tensor, "ports writers"], *, fed: bool = True) -> Bool[Tensor, "ports writers"]:
     """The edges of ``keep`` that lie on a path, within ``keep``, from an input to the output.
+
+    Args:
+        fed: False asks only for a path to the output: a node that hears constants alone still writes a constant,
+            which an edge out of it carries (positions, where what is replaced has the same positions).
 
     Example:
         >>> import torch, unweave
@@ -88,18 +92,18 @@ def connected(graph: Graph, keep: Bool[Tensor, "ports writers"]) -> Bool[Tensor,
     """
     keep = keep & graph.edge_matrix
     writer_at = {name: i for i, name in enumerate(graph.writers)}
-    fed, useful = torch.zeros(len(graph.writers), dtype=torch.bool), torch.zeros(len(graph.writers), dtype=torch.bool)
+    speaks, useful = (torch.full((len(graph.writers),), not fed), torch.zeros(len(graph.writers), dtype=torch.bool))
     rows = {node: _rows(graph, s, i) for s, stage in enumerate(graph.stages) for i, node in enumerate(stage.nodes)}
     for name, i in writer_at.items():
         inputs = rows[name]
-        fed[i] = not inputs or bool((keep[inputs] & fed).any())
+        speaks[i] |= not inputs or bool((keep[inputs] & speaks).any())
     for name in reversed(graph.nodes):
         if name not in writer_at or bool(useful[writer_at[name]]):
             useful |= keep[rows[name]].any(0)
     alive = torch.zeros(len(graph.ports), dtype=torch.bool)
     for name, inputs in rows.items():
         alive[inputs] = name not in writer_at or bool(useful[writer_at[name]])
-    return keep & alive[:, None] & fed[None]
+    return keep & alive[:, None] & speaks[None]
 
 
 def _rows(graph: Graph, s: int, i: int) -> list[int]:

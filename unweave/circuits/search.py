@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from unweave.ablation import Kind, Means
+from unweave.ablation import Means
 from unweave.circuits.circuit import Circuit, Trial, connected
 from unweave.circuits.distance import Distance
 from unweave.data import TokenData
@@ -46,7 +46,7 @@ def find_circuit(
     edges: int | None = None,
     kl_nats: float | None = None,
     faithfulness: float | None = None,
-    ablation: Kind = "mean",
+    ablation: str = "mean",
     means: Means | None = None,
     method: str = "auto",
     scores: EdgeScores | None = None,
@@ -63,7 +63,7 @@ def find_circuit(
     then edges are exchanged (out: those whose removal is predicted to cost least; in: those whose return is predicted
     to gain most, by the gradient of the divergence at the circuit itself) as long as the measured divergence falls;
     then edges are removed, cheapest first, in pieces that halve when one fails, until no single edge can go. Every
-    step is accepted on a measurement over ``data`` only. Edges on no path from input to output are dropped.
+    step is accepted on a measurement over ``data`` only. Edges on no path to the output are dropped.
 
     Args:
         graph: with all its edges; captured or compressed.
@@ -178,13 +178,13 @@ class _Search:
     # ---- units: what is chosen ----------------------------------------------------------------------------
 
     def edges_of(self, units: Bool[Tensor, " units"]) -> Bool[Tensor, "ports writers"]:
-        """The edges that a choice of units keeps, those on no path dropped."""
+        """The edges that a choice of units keeps, those that reach no output dropped: they do nothing."""
         if self.level == "edge":
             keep = torch.zeros_like(self.graph.edge_matrix)
             keep[self.graph.edge_matrix] = units
         else:
             keep = self.graph.edge_matrix & units[self.port_node][:, None] & units[self.writer_node][None]
-        return connected(self.graph, keep)
+        return connected(self.graph, keep, fed=False)
 
     def units_of(self, edges: Bool[Tensor, "ports writers"]) -> Bool[Tensor, " units"]:
         """The units that a set of edges needs."""
