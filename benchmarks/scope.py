@@ -1,4 +1,4 @@
-"""Scope pays: the size needed for 0.01 nats under narrower scopes, on pylm.
+"""Scope pays: the size needed for 0.01 nats under narrower scopes.
 
     python -m benchmarks.scope
 
@@ -16,7 +16,7 @@ from benchmarks.common import SHARED, interval, model, save
 from unweave.capture import load_tokenizer
 from unweave.compression import channel_moments
 from unweave.compression.allocation import Budgeter, mean_divergence
-from unweave.data import TokenData
+from unweave.data import Batch, TokenData
 from unweave.execution import run
 from unweave.graph import Graph
 from unweave.pipeline import token_strings
@@ -39,7 +39,7 @@ def needed_size(graph: Graph, data: TokenData, scope: Scope) -> Graph:
     """The smallest graph within the target on the calibration data."""
     budgeter = Budgeter(graph, channel_moments(graph, data, scope, samples=2))
     low, high, best = 0.0, 1.0, graph
-    check = data.select(slice(0, 48))
+    check = data.select(slice(0, 96))
     for _ in range(9):
         size = (low + high) / 2
         try:
@@ -51,35 +51,44 @@ def needed_size(graph: Graph, data: TokenData, scope: Scope) -> Graph:
     return best
 
 
+# by model: what is asked of the next token, and after which token positions count
+QUESTIONS = {
+    "stories260K": ("does a sentence end?", r"[.!?]", "said"),
+    "pylm": ("is a bracket closed?", r"[)\]}]", "return"),
+}
+
+
+def scopes_of(name: str, graph: Graph) -> dict[str, Scope]:
+    question, pattern, word = QUESTIONS[name]
+    tokens = token_strings(load_tokenizer(SHARED / "models" / name), graph.info["d_out"])
+    ids = torch.tensor([i for i, t in enumerate(tokens) if word in t])
+    classes = Quotient.from_regex(pattern, tokens)
+
+    def near(batch: Batch) -> torch.Tensor:
+        seen = torch.nn.functional.pad(torch.isin(batch.inputs, ids), (9, 0))
+        return seen.unfold(1, 10, 1).any(-1)
+
+    return {
+        "every next token": Scope(),
+        question: Scope(quotient=classes),
+        f"every token within ten after '{word}'": Scope(near),
+        f"{question[:-1]}, within ten after '{word}'?": Scope(near, classes),
+    }
+
+
 def main() -> None:
     started = time.time()
     torch.set_num_threads(1)
-    graph, train, held = model("pylm")
-    tokenizer = load_tokenizer(SHARED / "models" / "pylm")
-    tokens = token_strings(tokenizer, graph.info["d_out"])
-    ids = torch.tensor([i for i, t in enumerate(tokens) if "return" in t])
-    closes = Quotient.from_regex(r"[)\]}]", tokens)
-
-    def after_return(batch):  # positions within ten tokens after "return"
-        seen = torch.isin(batch.inputs, ids)
-        near = torch.nn.functional.max_pool1d(seen.float()[:, None], 10, 1, 9)[:, 0, : seen.shape[1]]
-        return near.bool()
-
-    scopes = {
-        "every next token": Scope(),
-        "does the next token close a bracket?": Scope(quotient=closes),
-        "every token within ten after 'return'": Scope(after_return),
-        "does it close a bracket, within ten after 'return'?": Scope(after_return, closes),
-    }
     rows = []
-    for name, scope in scopes.items():
-        small = needed_size(graph, train.select(slice(0, 128)), scope)
-        size = small.n_channel_parameters / graph.n_channel_parameters
-        rows.append(
-            {"scope": name, "size": size, "kl_nats_held_out": held_out(graph, small, held.select(slice(0, 128)), scope)}
-        )
-        print(rows[-1], flush=True)
-    save("scope", {"model": "pylm", "target": TARGET, "rows": rows}, started, "python -m benchmarks.scope")
+    for name in QUESTIONS:
+        graph, train, held = model(name)
+        for what, scope in scopes_of(name, graph).items():
+            small = needed_size(graph, train.select(slice(0, 256)), scope)
+            size = small.n_channel_parameters / graph.n_channel_parameters
+            kl = held_out(graph, small, held.select(slice(0, 128)), scope)
+            rows.append({"model": name, "scope": what, "size": size, "kl_nats_held_out": kl})
+            print(rows[-1], flush=True)
+    save("scope", {"target": TARGET, "rows": rows}, started, "python -m benchmarks.scope")
 
 
 if __name__ == "__main__":

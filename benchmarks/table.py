@@ -8,6 +8,8 @@ from typing import Any
 
 ROOT = Path(__file__).parent
 README = ROOT.parent / "README.md"
+# forms that keep single weights; all others keep narrow channels
+SPARSE = ("unweave, sparse", "SparseGPT-like", "Wanda", "magnitude")
 BEGIN = "<!-- benchmarks: begin (generated from benchmarks/results; do not edit) -->"
 END = "<!-- benchmarks: end -->"
 
@@ -42,17 +44,18 @@ def compression(name: str) -> str:
     if result is None:
         return ""
     sizes = sorted({r["size"] for r in result["rows"]}, reverse=True)
-    methods = list(dict.fromkeys(r["method"] for r in result["rows"]))
+    names = dict.fromkeys(r["method"] for r in result["rows"])
+    methods = sorted(names, key=lambda name: (name in SPARSE, not name.startswith("unweave")))
     cells = {(r["method"], r["size"]): r for r in result["rows"]}
     rows = []
     for method in methods:
-        row = [f"**{method}**" if method == "unweave" else method]
+        row = [f"**{method}**" if method.startswith("unweave") else method]
         for key in ("kl_nats", "kl_nats_refined"):
             row += [f"{cells[method, s][key][0]:.3f}" if key in cells.get((method, s), {}) else "–" for s in sizes]
         rows.append(row)
     head = ["method", *(f"{s:.0%}" for s in sizes), *(f"{s:.0%}, refined" for s in sizes)]
     text = "held-out KL in nats per token at a share of the channels' numbers, without training and after the same 200"
-    text += " steps (– = not run yet)"
+    text += " steps; the last four keep single weights (– = not run yet)"
     return f"**Compression of {name}** (`{result['command']}`): {text}:\n\n" + table(head, rows)
 
 
@@ -62,14 +65,16 @@ def scope() -> str:
         return ""
     rows = [
         [
+            r["model"],
             r["scope"],
             f"{r['size']:.1%}",
             f"{r['kl_nats_held_out'][0]:.4f} ({r['kl_nats_held_out'][1]:.4f}–{r['kl_nats_held_out'][2]:.4f})",
         ]
         for r in result["rows"]
     ]
-    text = f"the share of {result['model']}'s numbers needed for {result['target']} nats on calibration data"
-    return f"**Scope** (`{result['command']}`): {text}:\n\n" + table(["explained", "size", "held-out nats"], rows)
+    text = f"the share of the channels' numbers needed for {result['target']} nats on calibration data"
+    head = ["model", "explained", "size", "held-out nats"]
+    return f"**Scope** (`{result['command']}`): {text}:\n\n" + table(head, rows)
 
 
 def speed() -> str:
@@ -79,13 +84,9 @@ def speed() -> str:
     rows = []
     for name, ratios in result["forward_ratio"].items():
         rows += [[f"{name}, {what}: forward pass", f"{ratio:.2f}x the model's"] for what, ratio in ratios.items()]
-        pipeline = result["pipeline_ratio"][name]
-        rows.append(
-            [
-                f"{name}: capture, means, scores, moments, compression",
-                f"{pipeline:.2f}x one forward + backward over the same data",
-            ]
-        )
+        for n, ratio in result["pipeline_ratio"][name].items():
+            what = f"{name}: capture, means, scores, moments and compression of {n} sequences"
+            rows.append([what, f"{ratio:.2f}x one forward + backward over them"])
     memory = ", ".join(f"{mb:.0f} MB at {n}" for n, mb in result["peak_mb"].items())
     rows.append(["peak memory against sequences (stories260K)", memory])
     return f"**Speed** (`{result['command']}`):\n\n" + table(["what", "measured"], rows)

@@ -58,6 +58,7 @@ LAYERS = (
     "generation",
     "report",
     "pipeline",
+    "dissection",
     "cli",
     "__main__",
 )

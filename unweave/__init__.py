@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from unweave.circuits import Circuit, find_circuit, prove
     from unweave.compression import channel_moments, compress, refine_factors
     from unweave.data import TokenData, load_data
+    from unweave.dissection import Dissected, dissect
     from unweave.errors import UnweaveError
     from unweave.evaluation import Faithfulness, evaluate
     from unweave.execution import Run, run
@@ -35,6 +36,7 @@ __version__ = "0.1.0"
 _HOME = {
     "Circuit": "circuits",
     "Decompiled": "pipeline",
+    "Dissected": "dissection",
     "Edge": "graph",
     "EdgeScores": "scoring",
     "Faithfulness": "evaluation",
@@ -51,6 +53,7 @@ _HOME = {
     "collect_means": "statistics",
     "compress": "compression",
     "decompile": "pipeline",
+    "dissect": "dissection",
     "evaluate": "evaluation",
     "find_circuit": "circuits",
     "load_data": "data",
@@ -71,6 +74,7 @@ _HOME = {
 __all__ = [
     "Circuit",
     "Decompiled",
+    "Dissected",
     "Edge",
     "EdgeScores",
     "Faithfulness",
@@ -88,6 +92,7 @@ __all__ = [
     "collect_means",
     "compress",
     "decompile",
+    "dissect",
     "evaluate",
     "find_circuit",
     "load_data",

@@ -134,6 +134,49 @@ def _class_scope(model: str, pattern: str, tokenizer: Any) -> Any:
 
 
 @app.command()
+def circuit(
+    model: Model,
+    task: Annotated[str, typer.Option("--task", "-t", help="A ready-made task (see --list), or a .jsonl file.")] = "",
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write.")] = Path("circuit"),
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the folder if it is a graph's.")] = False,
+    edges: Annotated[int | None, typer.Option(help="Keep at most so many edges.")] = None,
+    kl_nats: Annotated[float | None, typer.Option(help="Stay within so many nats per token.")] = None,
+    faithfulness: Annotated[float | None, typer.Option(help="Reach this faithfulness (the default: 0.9).")] = None,
+    ablation: Annotated[
+        str | None, typer.Option(help="mean, 'mean per position', zero, resample or counterfactual.")
+    ] = None,
+    metric: Annotated[str, typer.Option(help="kl or logit_difference.")] = "kl",
+    level: Annotated[str, typer.Option(help="Choose edges, or whole nodes: edge or node.")] = "edge",
+    prompts: Annotated[int, typer.Option(help="How many prompts to make; half of them are for the proof.")] = 128,
+    list_: Annotated[bool, typer.Option("--list", help="List the ready-made tasks and stop.")] = False,
+    seed: Seed = 0,
+) -> None:
+    """Find the part of MODEL that does a task, prove it on other prompts, and write it to a folder."""
+    with _errors():
+        from unweave.dissection import dissect
+        from unweave.errors import InputError
+        from unweave.report import write_report
+        from unweave.storage import check_destination
+        from unweave.tasks import list_tasks
+
+        if list_:
+            for name, text in list_tasks().items():
+                console.print(f"[bold]{escape(name)}[/]: {escape(text)}")
+            return
+        if not task:
+            raise InputError(f"give --task: a .jsonl file, or one of {', '.join(list_tasks())}")
+        check_destination(output, overwrite)
+        budget = {"edges": edges, "kl_nats": kl_nats, "faithfulness": faithfulness}
+        options = {"ablation": ablation, "metric": metric, "level": level, "prompts": prompts, "seed": seed}
+        found = dissect(model, task, **budget, **options)  # type: ignore[arg-type]
+        found.report["provenance"]["command"] = " ".join(["unweave", *map(shlex.quote, sys.argv[1:])])
+        found.save(output, overwrite=overwrite)
+        write_report(found.report, output / "report.html")
+        _print_circuit(found.report)
+        console.print(f"\nwrote [bold]{escape(str(output))}/[/]: the circuit as a graph, results.json, report.html")
+
+
+@app.command()
 def show(
     folder: Folder,
     edges: Annotated[int, typer.Option(help="How many of the strongest edges to list.")] = 15,
@@ -145,7 +188,9 @@ def show(
         graph = load_graph(folder)
         console.print(escape(str(graph)), highlight=False)
         results = load_results(folder)
-        if results:
+        if results.get("proof"):
+            _print_circuit(results, edges)
+        elif results:
             _print_summary(results, edges)
 
 
@@ -303,7 +348,7 @@ def _share(value: float | None) -> str:
     return "–" if value is None or value != value else f"{value:.1%}"
 
 
-def _with_interval(value: dict[str, float | None]) -> str:
+def _with_interval(value: Mapping[str, Any]) -> str:
     if value["value"] is None or value["value"] != value["value"]:
         return "–"
     digits = 2 if value["value"] >= 1e-3 else 1
@@ -327,13 +372,27 @@ def _print_summary(results: Mapping[str, Any], edges: int = 8) -> None:
         )
     console.print(table)
     if edges and results.get("edges"):
-        names = [node["name"] for node in results["nodes"]]
-        rows = [
-            {"edge": f"{names[e['src']]}->{names[e['dst']]}.{e['port']}"}
-            | {k: e[k] for k in ("nats", "se", "measured")}
-            for e in results["edges"][:edges]
-        ]
-        console.print(_edge_table(rows, "strongest edges"))
+        console.print(_edge_table(_named_edges(results, results["edges"][:edges]), "strongest edges"))
+
+
+def _print_circuit(results: Mapping[str, Any], edges: int = 20) -> None:
+    """A circuit's proof and its edges, from plain results."""
+    table = Table(title=f"{escape(results['title'])}: proof on held-out prompts", title_justify="left")
+    table.add_column("")
+    table.add_column("value", justify="right", no_wrap=True)
+    for row in results["proof"]:
+        table.add_row(escape(row["what"]), _with_interval(row) if row["low"] is not None else _number(row["value"]))
+    console.print(table)
+    kept = [e for e in results["edges"] if e["kept"]]
+    console.print(_edge_table(_named_edges(results, kept[:edges]), f"{len(kept)} edges, with their own effect"))
+
+
+def _named_edges(results: Mapping[str, Any], edges: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    names = [node["name"] for node in results["nodes"]]
+    return [
+        {"edge": f"{names[e['src']]}->{names[e['dst']]}.{e['port']}"} | {k: e[k] for k in ("nats", "se", "measured")}
+        for e in edges
+    ]
 
 
 def _edge_table(rows: list[dict[str, Any]], title: str) -> Table:

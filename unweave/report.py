@@ -161,8 +161,21 @@ class EdgeFacts(TypedDict):
     kept: NotRequired[bool]
 
 
+class ProofRow(TypedDict):
+    """One thing that a circuit had to show."""
+
+    what: str
+    value: Number
+    low: Number
+    high: Number
+
+
 class ReportData(TypedDict):
-    """Everything the page shows. At least one row of ``faithfulness`` is neither a baseline nor "original"."""
+    """Everything the page shows. At least one row of ``faithfulness`` is neither a baseline nor "original".
+
+    ``size_of`` says what sizes are shares of: the channels' numbers (a compressed graph), or edges (a circuit, with
+    its ``proof``).
+    """
 
     format: Literal["unweave-report"]
     version: Literal[1]
@@ -172,6 +185,8 @@ class ReportData(TypedDict):
     faithfulness: list[FaithfulnessRow]
     worst_tokens: list[WorstToken]
     rate_distortion: list[Curve]
+    size_of: NotRequired[Literal["numbers", "edges"]]
+    proof: NotRequired[list[ProofRow]]
     nodes: list[NodeFacts]
     edges: list[EdgeFacts]
     provenance: NotRequired[dict[str, Any]]

@@ -1,5 +1,5 @@
 // Rate and distortion: divergence (log scale) against size, one line per method, with intervals.
-import { data, graphs } from "./data.js";
+import { data, graphs, ofEdges } from "./data.js";
 import { $, el, svg } from "./dom.js";
 import { known, num, percent, plain, power } from "./format.js";
 import { makeTable } from "./table.js";
@@ -65,7 +65,7 @@ function axes(scale) {
       svg("text", { class: "tick", x: x(size), y: bottom + 21, "text-anchor": "middle" }, percent(size, 0)),
     ]),
     svg("line", { class: "axis", x1: PLOT.left, x2: end, y1: bottom, y2: bottom }),
-    svg("text", { class: "axis-name", x: (PLOT.left + end) / 2, y: PLOT.height - 6, "text-anchor": "middle" }, "share of the channels’ numbers stored"),
+    svg("text", { class: "axis-name", x: (PLOT.left + end) / 2, y: PLOT.height - 6, "text-anchor": "middle" }, ofEdges ? "share of the edges kept" : "share of the channels’ numbers stored"),
     svg("text", { class: "axis-name", x: 16, y: middle, "text-anchor": "middle", transform: `rotate(-90 16 ${middle})` }, "KL, nats per token"),
   ];
 }
@@ -114,11 +114,12 @@ function hover(root, spots) {
     showTip(near.text, event.clientX, event.clientY);
   });
 }
-const told = (name, size, kl, low, high) => `${name}\n${percent(size)} stored: ${num(kl)} nats per token` + (known(low) && known(high) && low !== high ? `\n95% interval ${num(low)} to ${num(high)}` : "");
+const told = (name, size, kl, low, high) => `${name}\n${percent(size)} ${ofEdges ? "kept" : "stored"}: ${num(kl)} nats per token` + (known(low) && known(high) && low !== high ? `\n95% interval ${num(low)} to ${num(high)}` : "");
 
 export function startCurve() {
   const lines = series();
   if (!lines.length) { $("rate").replaceChildren(el("p", { class: "note" }, "No curve was measured.")); return; }
+  if (ofEdges) $("rate-note").textContent = "Divergence from the model on held-out prompts against the share of edges kept: the largest of several rankings, the others at their replacement. Lower and further left is better.";
   const marked = graphs.filter((row) => known(row.size) && known(row.kl_nats.value));
   const scale = scales(lines, marked);
   const spots = lines.flatMap((line) => line.points.map((p) => ({ x: scale.x(p.size), y: scale.y(p.kl_nats), text: told(line.name, p.size, p.kl_nats, p.low, p.high) })));

@@ -36,3 +36,5 @@ export const nodeName = (i) => plain(data.nodes[i].name);
 export const isHead = (node) => node.kind === "attn" || node.kind === "head";
 export const graphs = data.faithfulness.filter((row) => !row.baseline && row.name !== "original");
 export const ours = graphs.find((row) => row.name === "decompiled graph") ?? graphs[0];
+// sizes are shares of edges (a circuit) or of stored numbers (a compressed graph)
+export const ofEdges = data.size_of === "edges";

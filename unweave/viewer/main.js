@@ -4,7 +4,7 @@ import { $ } from "./dom.js";
 import { redraw, startGraph } from "./graph.js";
 import { startHeader } from "./header.js";
 import { startPanel } from "./panel.js";
-import { startEdges, startFaithfulness, startProvenance, startWorst } from "./tables.js";
+import { startEdges, startFaithfulness, startProof, startProvenance, startWorst } from "./tables.js";
 import { startTips } from "./tip.js";
 import { readAddress, view } from "./view.js";
 
@@ -34,6 +34,7 @@ startTheme();
 startJumps();
 startHeader();
 startFaithfulness();
+startProof();
 startCurve();
 startGraph();
 startPanel();

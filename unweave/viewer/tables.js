@@ -1,5 +1,5 @@
 // Faithfulness, the strongest edges, the worst tokens, and where it all comes from.
-import { data, graphs, heaviest, nodeName, portColour, weight } from "./data.js";
+import { data, graphs, heaviest, nodeName, ofEdges, portColour, weight } from "./data.js";
 import { $, bar, chip, el, running, token } from "./dom.js";
 import { count, known, large, num, percent, plain } from "./format.js";
 import { makeTable } from "./table.js";
@@ -20,7 +20,7 @@ export function startFaithfulness() {
   const place = (name) => plain(name);
   const columns = [
     { name: "graph", text: true, head: true, help: "The graph, the model itself, and other ways to make the model smaller", value: (row) => place(row.name), show: (row) => place(row.name) },
-    single("size", "size", "Share of the numbers in the model’s channels that is stored", percent),
+    single("size", "size", ofEdges ? "Share of the model’s edges that is kept" : "Share of the numbers in the model’s channels that is stored", percent),
     mean("KL, nats", "kl_nats", "Divergence of the output from the model’s: mean over held-out tokens, in nats per token"),
     single("99%", "kl_p99", "The divergence that 1 token in 100 exceeds, in nats"),
     single("99.9%", "kl_p999", "The divergence that 1 token in 1,000 exceeds, in nats"),
@@ -34,6 +34,15 @@ export function startFaithfulness() {
   makeTable($("faith"), "How far each graph and baseline is from the model", columns, {
     rowClass: (row) => (graphs.includes(row) ? "ours" : null),
   })(data.faithfulness);
+}
+
+export function startProof() {
+  if (!data.proof?.length) return;
+  $("proof-section").hidden = false;
+  makeTable($("proof"), "What the circuit has to show", [
+    { name: "what", text: true, head: true, value: (row) => row.what, show: (row) => plain(row.what) },
+    { name: "value", value: (row) => row.value, show: (row) => interval(row) },
+  ])(data.proof);
 }
 
 const goTo = (i) => {

@@ -1,0 +1,326 @@
+"""A behaviour in one call: a model and a task in, a circuit with its proof out."""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from unweave import __version__
+from unweave.capture import capture, load_tokenizer
+from unweave.circuits import Circuit, FaithfulnessCurve, Proof, faithfulness_curve, find_circuit, prove
+from unweave.errors import InputError
+from unweave.graph import Graph
+from unweave.scope import describe
+from unweave.scoring import EdgeScores, measure_edges, score_edges
+from unweave.storage import save_graph
+from unweave.tasks import Task, TaskCheck, check_task, list_tasks, load_task, make_task, require_solved
+
+__all__ = ["Dissected", "dissect", "predictions"]
+
+MOST_EDGES = 10_000
+
+
+@dataclass(frozen=True, eq=False)
+class Dissected:
+    """What :func:`dissect` found.
+
+    Attributes:
+        task: with all its prompts.
+        check: how well the model does the task.
+        circuit: found on half of the prompts.
+        proof: on the other half.
+        curves: faithfulness against size, by ranking: "unweave", "EAP-IG", "EAP", "random".
+        prediction: attributed against measured effects of single edges, see :func:`predictions`.
+        report: everything a page or a table needs, as plain data.
+    """
+
+    task: Task
+    check: TaskCheck
+    circuit: Circuit
+    proof: Proof
+    curves: Mapping[str, FaithfulnessCurve]
+    prediction: Mapping[str, float]
+    report: dict[str, Any]
+
+    def save(self, folder: str | Path, *, overwrite: bool = False) -> Path:
+        """Write the circuit as a graph folder, with its results."""
+        return save_graph(self.circuit.graph, folder, results=self.report, overwrite=overwrite)
+
+
+def dissect(
+    model: str | Path | nn.Module,
+    task: str | Path | Task,
+    *,
+    edges: int | None = None,
+    kl_nats: float | None = None,
+    faithfulness: float | None = None,
+    ablation: str | None = None,
+    metric: str = "kl",
+    prompts: int = 128,
+    level: str = "edge",
+    tokenizer: Any = None,
+    batch_size: int = 16,
+    seed: int = 0,
+    progress: bool | None = None,
+) -> Dissected:
+    """Find the circuit of a behaviour on half of its prompts and prove it on the other half.
+
+    Args:
+        model: see :func:`capture`.
+        task: the name of a ready-made one (:func:`unweave.tasks.list_tasks`), a ``.jsonl`` file
+            (:func:`unweave.tasks.load_task`), or a :class:`Task`.
+        edges, kl_nats, faithfulness: the budget; by default faithfulness = 0.9.
+        ablation: by default "counterfactual" where the task has corrupted prompts, else "mean".
+        metric: "kl" or "logit_difference", for tasks made or loaded here.
+        prompts: how many to make.
+
+    Raises:
+        InputError: the model cannot do the task better than chance, or the budget cannot be met.
+
+    Cost:
+        That of :func:`find_circuit` and :func:`prove`, and one pass per size for each of four rankings.
+
+    Example:
+        >>> import unweave
+        >>> found = unweave.dissect("zoo:induction", "induction", prompts=32)
+        >>> found.proof.faithfulness.value > 0.8
+        True
+    """
+    started = time.time()
+    graph = capture(model)
+    tokenizer = tokenizer if tokenizer is not None or isinstance(model, nn.Module) else load_tokenizer(model)
+    task = _task(task, graph, tokenizer, metric, prompts, seed)
+    options: dict[str, Any] = {"batch_size": batch_size, "progress": progress}
+    check = check_task(graph, task, **options)
+    require_solved(check)
+    kind = ablation or ("mean" if task.corrupted is None else "counterfactual")
+    found, held_out = task.split(0.5, seed)
+    data, test = (t.paired if kind == "counterfactual" else t.data for t in (found, held_out))
+    budget = {"edges": edges, "kl_nats": kl_nats, "faithfulness": faithfulness}
+    if all(b is None for b in budget.values()):
+        budget["faithfulness"] = 0.9
+    circuit = find_circuit(graph, data, task.scope, ablation=kind, level=level, seed=seed, **budget, **options)  # type: ignore[arg-type]
+    proof = prove(circuit, test, seed=seed, **options)
+    curves = _curves(circuit, data, test, seed, options)
+    prediction = predictions(circuit, test, seed=seed, **options)
+    given = {k: v for k, v in budget.items() if v is not None}
+    report = _report(circuit, proof, curves, prediction, task, check, len(data))
+    report["provenance"] = {
+        "model": str(model) if isinstance(model, str | Path) else type(model).__name__,
+        "task": task.name,
+        "ablation": kind,
+        "budget": given,
+        "seed": seed,
+        "date": datetime.date.today().isoformat(),
+        "unweave_version": __version__,
+        "torch_version": torch.__version__,
+        "wall_s": round(time.time() - started, 1),
+    }
+    return Dissected(task, check, circuit, proof, curves, prediction, report)
+
+
+def _task(task: str | Path | Task, graph: Graph, tokenizer: Any, metric: Any, prompts: int, seed: int) -> Task:
+    if isinstance(task, Task):
+        return task
+    vocabulary = graph.info.get("d_vocab")
+    if vocabulary is None:
+        raise InputError("this network reads no tokens: give a Task made of its own data")
+    if str(task) not in list_tasks() and (Path(task).suffix == ".jsonl" or Path(task).exists()):
+        return load_task(task, tokenizer, vocabulary=vocabulary, metric=metric)
+    own = {"vocabulary": vocabulary} if tokenizer is None else {}
+    # the zoo's models were trained on sequences that begin with id 0
+    first = 0 if str(graph.info.get("name", "")).startswith("zoo:") else None
+    return make_task(str(task), tokenizer, n=prompts, seed=seed, metric=metric, first=first, **own)
+
+
+def _curves(
+    circuit: Circuit, data: Any, test: Any, seed: int, options: Mapping[str, Any]
+) -> dict[str, FaithfulnessCurve]:
+    """Rankings by size: ours, the published ones with the same ablation, and none."""
+    graph, scope, instead = circuit.original, circuit.scope, circuit.instead
+    given: dict[str, Any] = {"ablation": instead.kind, "means": instead.means, **options}
+    rankings = {
+        "unweave": circuit.scores,
+        "EAP-IG": score_edges(graph, data, scope, method="eap-ig", **given),
+        "EAP": score_edges(graph, data, scope, method="eap", **given),
+        "random": _random(circuit.scores, seed),
+    }
+    return {
+        name: faithfulness_curve(r, graph, test, scope, instead, seed=seed, **options) for name, r in rankings.items()
+    }
+
+
+def _random(scores: EdgeScores, seed: int) -> EdgeScores:
+    noise = torch.rand(scores.nats.shape, generator=torch.Generator().manual_seed(seed))
+    return dataclasses.replace(scores, nats=noise.masked_fill(scores.nats.isnan(), torch.nan), method="random")
+
+
+def predictions(circuit: Circuit, data: Any, *, n: int = 100, seed: int = 0, **options: Any) -> dict[str, float]:
+    """How well attributions predict measured effects: ``n`` single edges of the circuit and ``n`` outside it.
+
+    The Fisher attribution of each edge of the whole graph against the measured effect of ablating it alone, on the same
+    prompts: slope and R2 of the straight line through the origin, and the rank correlation.
+    """
+    graph, kept = circuit.original, circuit.kept
+    generator = torch.Generator().manual_seed(seed)
+    chosen = torch.zeros_like(kept)
+    for places in (kept.nonzero(), (graph.edge_matrix & ~kept).nonzero()):
+        some = places[torch.randperm(len(places), generator=generator)[:n]]
+        chosen[some[:, 0], some[:, 1]] = True
+    ablation: dict[str, Any] = {"ablation": circuit.instead.kind, "means": circuit.instead.means}
+    estimated = score_edges(graph, data, circuit.scope, samples=4, seed=seed, **ablation, **options).nats[chosen]
+    measured = measure_edges(graph, data, circuit.scope, chosen, circuit.instead, **options).nats[chosen]
+    x, y = estimated.double().numpy(), measured.double().numpy()
+    slope = float((x * y).sum() / max((x * x).sum(), 1e-300))
+    spread = float(((y - y.mean()) ** 2).sum())
+    ranks = np.corrcoef(x.argsort().argsort(), y.argsort().argsort())[0, 1]
+    return {
+        "edges": float(len(x)),
+        "slope": slope,
+        "r2": 1.0 - float(((y - slope * x) ** 2).sum()) / spread if spread > 0 else float("nan"),
+        "spearman": float(ranks),
+    }
+
+
+# ---- plain data for tables and pages ----------------------------------------------------------------------------
+
+
+def _report(
+    circuit: Circuit,
+    proof: Proof,
+    curves: Mapping[str, FaithfulnessCurve],
+    prediction: Mapping[str, float],
+    task: Task,
+    check: TaskCheck,
+    n_search: int,
+) -> dict[str, Any]:
+    graph = circuit.original
+    return {
+        "format": "unweave-report",
+        "version": 1,
+        "title": f"{graph.info.get('name', 'graph')}: {task.name}",
+        "model": {**graph.info, "n_parameters": graph.n_parameters},
+        "scope": {
+            **describe(circuit.scope),
+            "description": task.description or task.name,
+            "n_sequences_calibration": n_search,
+            "n_tokens_calibration": n_search,
+            "n_sequences_held_out": proof.n_prompts,
+            "n_tokens_held_out": proof.n_tokens,
+        },
+        "faithfulness": _faithfulness(circuit, proof),
+        "worst_tokens": [],
+        "rate_distortion": [_curve(name, curve) for name, curve in curves.items()],
+        "size_of": "edges",
+        "proof": _proof(proof, curves, prediction, check),
+        "nodes": _nodes(circuit),
+        "edges": _edges(circuit, proof),
+    }
+
+
+def _exactly(value: float | None) -> dict[str, float | None]:
+    return {"value": value, "low": None, "high": None}
+
+
+def _faithfulness(circuit: Circuit, proof: Proof) -> list[dict[str, Any]]:
+    share = circuit.n_edges / circuit.original.n_edges
+    random = float(np.median(proof.random_nats)) if proof.random_nats else None
+    return [
+        {"name": "original", "baseline": False, "size": 1.0, "kl_nats": _exactly(0.0), "top1_agreement": _exactly(1.0)},
+        {
+            "name": "circuit",
+            "baseline": False,
+            "size": share,
+            "kl_nats": proof.nats._asdict(),
+            "top1_agreement": proof.agreement._asdict(),
+        },
+        {
+            "name": "random circuits of that size (median)",
+            "baseline": True,
+            "size": share,
+            "kl_nats": _exactly(random),
+            "top1_agreement": _exactly(None),
+        },
+        {
+            "name": "every edge ablated",
+            "baseline": True,
+            "size": 0.0,
+            "kl_nats": _exactly(proof.empty_nats),
+            "top1_agreement": _exactly(None),
+        },
+    ]
+
+
+def _curve(name: str, curve: FaithfulnessCurve) -> dict[str, Any]:
+    points = [
+        {"size": s, "kl_nats": d, "low": None, "high": None} for s, d in zip(curve.shares, curve.nats, strict=True)
+    ]
+    return {"name": f"{name} ranking", "baseline": name != "unweave", "points": points}
+
+
+def _proof(
+    proof: Proof, curves: Mapping[str, FaithfulnessCurve], prediction: Mapping[str, float], check: TaskCheck
+) -> list[dict[str, Any]]:
+    rows = [
+        {"what": "accuracy of the model on the task", **_exactly(check.accuracy)},
+        {"what": "chance", **_exactly(check.chance)},
+        *proof.table(),
+    ]
+    for name, curve in curves.items():
+        rows.append({"what": f"CPR, {name} ranking (higher is better)", **_exactly(curve.cpr)})
+        rows.append({"what": f"CMD, {name} ranking (lower is better)", **_exactly(curve.cmd)})
+    names = {
+        "slope": "measured against attributed effect, slope",
+        "r2": "measured against attributed effect, R2",
+        "spearman": "measured against attributed effect, rank correlation",
+    }
+    return rows + [{"what": text, **_exactly(prediction[key])} for key, text in names.items()]
+
+
+def _nodes(circuit: Circuit) -> list[dict[str, Any]]:
+    scores, graph = circuit.scores, circuit.original
+    at = {name: i for i, name in enumerate(graph.writers)}
+    rows = []
+    for stage in graph.stages:
+        for name in stage.nodes:
+            nats, se = (None, None) if name not in at else (scores.node_nats[at[name]], scores.node_se[at[name]])
+            row = {"name": name, "kind": stage.kind, "layer": stage.layer, "ports": [p.name for p in stage.ports]}
+            rows.append(
+                row
+                | {"score_nats": None if nats is None else float(nats), "score_se": None if se is None else float(se)}
+            )
+    return rows
+
+
+def _edges(circuit: Circuit, proof: Proof) -> list[dict[str, Any]]:
+    """The circuit's edges with their measured effect inside it, then the strongest of the rest."""
+    graph, own = circuit.original, proof.own_effects
+    node_at = {name: i for i, name in enumerate(graph.nodes)}
+    split = [port.rsplit(".", 1) for port in graph.ports]
+    ranked = [tuple(pair) for pair in circuit.scores.ranked().tolist()]
+    ordered = sorted(ranked, key=lambda pair: not bool(circuit.kept[pair]))[:MOST_EDGES]
+    rows = []
+    for j, i in ordered:
+        kept = bool(circuit.kept[j, i])
+        source = own if kept else circuit.scores
+        rows.append(
+            {
+                "src": node_at[graph.writers[i]],
+                "dst": node_at[split[j][0]],
+                "port": split[j][1],
+                "nats": float(source.nats[j, i]),
+                "se": float(source.se[j, i]),
+                "measured": bool(source.measured[j, i]),
+                "kept": kept,
+            }
+        )
+    return rows
