@@ -40,10 +40,10 @@ from unweave.tasks.task import assemble
 
 PROMPTS, CONTEXT, TRIALS = 64, 40, 60
 SHOWN = (0.01, 0.02, 0.05, 0.1)
-# their own exact scores take minutes and are ours; edge pruning needs more than its 20 epochs (benchmarks/peers)
+# their own exact scores take minutes and are ours
 PEERS = {
     "PEERS_EAP": ["eap_scores.py", "--methods", "EAP", "EAP-IG-inputs", "EAP-IG-activations"],
-    "PEERS_AUTOCIRCUIT": ["autocircuit_scores.py", "--epochs", "200"],
+    "PEERS_AUTOCIRCUIT": ["autocircuit_scores.py"],
 }
 ZOO = ROOT.parent / "unweave" / "zoo" / "weights" / "induction"
 STORIES = SHARED / "models" / "stories260K"
@@ -116,7 +116,7 @@ def theirs(model: Path, task: Task, graph: Graph, like: EdgeScores) -> dict[str,
         labels = task.data.labels
         ends = labels["end"].int().argmax(1).tolist()
         plain = {"clean": task.data.tokens.tolist(), "corrupted": task.corrupted.tokens.tolist(), "end": ends}
-        plain |= {kind: labels[kind].reshape(len(ends), -1)[:, 0].tolist() for kind in ("correct", "wrong")}
+        plain |= {kind: labels[kind].tolist() for kind in ("correct", "wrong")}
         prompts.write_text(json.dumps(plain))
         for variable, (script, *more) in PEERS.items():
             if variable not in os.environ:
@@ -137,6 +137,14 @@ def theirs(model: Path, task: Task, graph: Graph, like: EdgeScores) -> dict[str,
 
 def _scores(like: EdgeScores, nats: torch.Tensor) -> EdgeScores:
     return dataclasses.replace(like, nats=nats.masked_fill(like.nats.isnan(), torch.nan))
+
+
+def one_answer(task: Task) -> Task:
+    """The task with one correct and one wrong token per prompt, which is what the programs of others take."""
+    labels = dict(task.data.labels)
+    for kind in ("correct", "wrong"):
+        labels[kind] = labels[kind].reshape(len(task.data), -1)[:, 0]
+    return dataclasses.replace(task, data=dataclasses.replace(task.data, labels=labels))
 
 
 def compare(name: str, model: Path, task: Task) -> list[dict[str, Any]]:
@@ -185,7 +193,7 @@ def main(wanted: list[str]) -> None:
     torch.set_num_threads(1)
     rows: list[dict[str, Any]] = []
     for name, (model, make) in tasks(wanted).items():
-        rows += compare(name, model, make())
+        rows += compare(name, model, one_answer(make()))
         save("circuits", {"rows": rows}, started, "python -m benchmarks.circuits")
 
 

@@ -10,6 +10,8 @@ ROOT = Path(__file__).parent
 README = ROOT.parent / "README.md"
 # forms that keep single weights; all others keep narrow channels
 SPARSE = ("unweave, sparse", "SparseGPT-like", "Wanda", "magnitude")
+# rows that say the same as others of the table
+HIDDEN = ("mask-gradient (their code)", "mask-gradient-IG (their code)")
 BEGIN = "<!-- benchmarks: begin (generated from benchmarks/results; do not edit) -->"
 END = "<!-- benchmarks: end -->"
 
@@ -92,6 +94,26 @@ def speed() -> str:
     return f"**Speed** (`{result['command']}`):\n\n" + table(["what", "measured"], rows)
 
 
+def circuits() -> str:
+    result = load("circuits")
+    if result is None:
+        return ""
+    shares = list(result["rows"][0]["faithfulness"])
+    rows = []
+    for r in result["rows"]:
+        if r["method"] in HIDDEN:
+            continue
+        method = f"**{r['method']}**" if r["method"].startswith("unweave") else r["method"]
+        f = [f"{r['faithfulness'][share]:.2f}" for share in shares]
+        rows.append([r["task"], method, f"{r['cpr']:.3f}", f"{r['cmd']:.3f}", *f, f"{r['time_ratio']:.2g}x"])
+    head = ["task", "edges chosen by", "CPR", "CMD", *(f"f at {float(s):.0%}" for s in shares), "time"]
+    text = (
+        "faithfulness f of the logit difference on held-out prompts, counterfactual ablation, one evaluator; time as a"
+    )
+    text += " ratio to our EAP-IG; rows of others' programs are their own code"
+    return f"**Circuits** (`{result['command']}`): {text}:\n\n" + table(head, rows)
+
+
 def exactness() -> str:
     result = load("exactness")
     if result is None:
@@ -111,7 +133,7 @@ def exactness() -> str:
 
 
 def render() -> str:
-    parts = [edges(), compression("pylm"), compression("stories260K"), scope(), speed(), exactness()]
+    parts = [edges(), compression("pylm"), compression("stories260K"), circuits(), scope(), speed(), exactness()]
     return "\n\n".join(part for part in parts if part)
 
 

@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 import torch
 from families import random_model
+from scipy.stats import spearmanr
 from typer.testing import CliRunner
 
 import unweave
 from unweave.cli import app
-from unweave.dissection import Dissected, dissect, predictions
+from unweave.dissection import Dissected, dissect, predict_effects
 from unweave.errors import InputError
 from unweave.report import validate_report_data
 from unweave.scoring import score_edges
@@ -48,14 +49,15 @@ def test_the_report_is_one_that_the_page_takes(found):
 def test_predictions_are_those_of_the_definition(found):
     graph, circuit = found.circuit.original, found.circuit
     data = found.task.data.select(slice(0, 16))
-    got = predictions(circuit, data, n=1000, seed=0)
+    got = predict_effects(circuit, data, n=1000, seed=0)
     options = {"ablation": circuit.instead.kind, "means": circuit.instead.means}
     x = score_edges(graph, data, circuit.scope, samples=4, **options).nats[graph.edge_matrix].double().numpy()
     y = score_edges(graph, data, circuit.scope, method="exact", **options).nats[graph.edge_matrix].double().numpy()
     slope = np.linalg.lstsq(x[:, None], y, rcond=None)[0][0]
-    assert got["edges"] == len(x)
-    assert got["slope"] == pytest.approx(slope, rel=1e-4)
-    assert got["r2"] == pytest.approx(1 - ((y - slope * x) ** 2).sum() / ((y - y.mean()) ** 2).sum(), rel=1e-3)
+    assert len(got.points) == len(x)
+    assert got.slope == pytest.approx(slope, rel=1e-4)
+    assert got.r2 == pytest.approx(1 - ((y - slope * x) ** 2).sum() / ((y - y.mean()) ** 2).sum(), rel=1e-3)
+    assert got.spearman == pytest.approx(spearmanr(x, y)[0], abs=1e-6)
 
 
 def test_a_task_from_a_file(tmp_path):

@@ -24,7 +24,7 @@ from unweave.scoring import EdgeScores, measure_edges, score_edges
 from unweave.storage import save_graph
 from unweave.tasks import Task, TaskCheck, check_task, list_tasks, load_task, make_task, require_solved
 
-__all__ = ["Dissected", "dissect", "predictions"]
+__all__ = ["Dissected", "Prediction", "dissect", "predict_effects"]
 
 MOST_EDGES = 10_000
 
@@ -39,7 +39,7 @@ class Dissected:
         circuit: found on half of the prompts.
         proof: on the other half.
         curves: faithfulness against size, by ranking: "unweave", "EAP-IG", "EAP", "random".
-        prediction: attributed against measured effects of single edges, see :func:`predictions`.
+        prediction: attributed against measured effects of single edges, see :func:`predict_effects`.
         report: everything a page or a table needs, as plain data.
     """
 
@@ -48,7 +48,7 @@ class Dissected:
     circuit: Circuit
     proof: Proof
     curves: Mapping[str, FaithfulnessCurve]
-    prediction: Mapping[str, float]
+    prediction: Prediction
     report: dict[str, Any]
 
     def save(self, folder: str | Path, *, overwrite: bool = False) -> Path:
@@ -111,7 +111,7 @@ def dissect(
     circuit = find_circuit(graph, data, task.scope, ablation=kind, level=level, seed=seed, **budget, **options)  # type: ignore[arg-type]
     proof = prove(circuit, test, seed=seed, **options)
     curves = _curves(circuit, data, test, seed, options)
-    prediction = predictions(circuit, test, seed=seed, **options)
+    prediction = predict_effects(circuit, test, seed=seed, **options)
     given = {k: v for k, v in budget.items() if v is not None}
     report = _report(circuit, proof, curves, prediction, task, check, len(data))
     report["provenance"] = {
@@ -164,11 +164,30 @@ def _random(scores: EdgeScores, seed: int) -> EdgeScores:
     return dataclasses.replace(scores, nats=noise.masked_fill(scores.nats.isnan(), torch.nan), method="random")
 
 
-def predictions(circuit: Circuit, data: Any, *, n: int = 100, seed: int = 0, **options: Any) -> dict[str, float]:
+@dataclass(frozen=True)
+class Prediction:
+    """Attributed against measured effects of single edges.
+
+    Attributes:
+        points: one plain row per edge: edge, attributed, measured (nats per token), kept.
+        slope, r2: of the straight line measured = slope attributed.
+        spearman: the rank correlation.
+    """
+
+    points: list[dict[str, Any]]
+    slope: float
+    r2: float
+    spearman: float
+
+
+def predict_effects(circuit: Circuit, data: Any, *, n: int = 100, seed: int = 0, **options: Any) -> Prediction:
     """How well attributions predict measured effects: ``n`` single edges of the circuit and ``n`` outside it.
 
     The Fisher attribution of each edge of the whole graph against the measured effect of ablating it alone, on the same
-    prompts: slope and R2 of the straight line through the origin, and the rank correlation.
+    prompts.
+
+    Cost:
+        One scoring pass and up to n forward passes.
     """
     graph, kept = circuit.original, circuit.kept
     generator = torch.Generator().manual_seed(seed)
@@ -182,13 +201,16 @@ def predictions(circuit: Circuit, data: Any, *, n: int = 100, seed: int = 0, **o
     x, y = estimated.double().numpy(), measured.double().numpy()
     slope = float((x * y).sum() / max((x * x).sum(), 1e-300))
     spread = float(((y - y.mean()) ** 2).sum())
-    ranks = np.corrcoef(x.argsort().argsort(), y.argsort().argsort())[0, 1]
-    return {
-        "edges": float(len(x)),
-        "slope": slope,
-        "r2": 1.0 - float(((y - slope * x) ** 2).sum()) / spread if spread > 0 else float("nan"),
-        "spearman": float(ranks),
-    }
+    r2 = 1.0 - float(((y - slope * x) ** 2).sum()) / spread if spread > 0 else float("nan")
+    rows = zip(graph.name_edges(chosen), x.tolist(), y.tolist(), kept[chosen].tolist(), strict=True)
+    points = [{"edge": str(e), "attributed": a, "measured": m, "kept": k} for e, a, m, k in rows]
+    return Prediction(points, slope, r2, float(np.corrcoef(_ranks(x), _ranks(y))[0, 1]))
+
+
+def _ranks(values: np.ndarray) -> np.ndarray:
+    """Ranks, equal values sharing the mean of theirs."""
+    _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
+    return (counts.cumsum() - (counts - 1) / 2)[inverse]
 
 
 # ---- plain data for tables and pages ----------------------------------------------------------------------------
@@ -198,7 +220,7 @@ def _report(
     circuit: Circuit,
     proof: Proof,
     curves: Mapping[str, FaithfulnessCurve],
-    prediction: Mapping[str, float],
+    prediction: Prediction,
     task: Task,
     check: TaskCheck,
     n_search: int,
@@ -222,6 +244,7 @@ def _report(
         "rate_distortion": [_curve(name, curve) for name, curve in curves.items()],
         "size_of": "edges",
         "proof": _proof(proof, curves, prediction, check),
+        "predictions": prediction.points,
         "nodes": _nodes(circuit),
         "edges": _edges(circuit, proof),
     }
@@ -268,7 +291,7 @@ def _curve(name: str, curve: FaithfulnessCurve) -> dict[str, Any]:
 
 
 def _proof(
-    proof: Proof, curves: Mapping[str, FaithfulnessCurve], prediction: Mapping[str, float], check: TaskCheck
+    proof: Proof, curves: Mapping[str, FaithfulnessCurve], prediction: Prediction, check: TaskCheck
 ) -> list[dict[str, Any]]:
     rows = [
         {"what": "accuracy of the model on the task", **_exactly(check.accuracy)},
@@ -278,12 +301,9 @@ def _proof(
     for name, curve in curves.items():
         rows.append({"what": f"CPR, {name} ranking (higher is better)", **_exactly(curve.cpr)})
         rows.append({"what": f"CMD, {name} ranking (lower is better)", **_exactly(curve.cmd)})
-    names = {
-        "slope": "measured against attributed effect, slope",
-        "r2": "measured against attributed effect, R2",
-        "spearman": "measured against attributed effect, rank correlation",
-    }
-    return rows + [{"what": text, **_exactly(prediction[key])} for key, text in names.items()]
+    for text, value in (("slope", prediction.slope), ("R2", prediction.r2), ("rank correlation", prediction.spearman)):
+        rows.append({"what": f"measured against attributed effect, {text}", **_exactly(value)})
+    return rows
 
 
 def _nodes(circuit: Circuit) -> list[dict[str, Any]]:
@@ -307,7 +327,8 @@ def _edges(circuit: Circuit, proof: Proof) -> list[dict[str, Any]]:
     node_at = {name: i for i, name in enumerate(graph.nodes)}
     split = [port.rsplit(".", 1) for port in graph.ports]
     ranked = [tuple(pair) for pair in circuit.scores.ranked().tolist()]
-    ordered = sorted(ranked, key=lambda pair: not bool(circuit.kept[pair]))[:MOST_EDGES]
+    # the circuit's own, by what they are worth in it; then the others, by their score
+    ordered = sorted(ranked, key=lambda pair: -float(own.nats[pair]) if bool(circuit.kept[pair]) else 0.0)[:MOST_EDGES]
     rows = []
     for j, i in ordered:
         kept = bool(circuit.kept[j, i])

@@ -170,6 +170,15 @@ class ProofRow(TypedDict):
     high: Number
 
 
+class PredictionPoint(TypedDict):
+    """One edge ablated alone: what was attributed to it, and what was measured, in nats per token."""
+
+    edge: str
+    attributed: Number
+    measured: Number
+    kept: bool
+
+
 class ReportData(TypedDict):
     """Everything the page shows. At least one row of ``faithfulness`` is neither a baseline nor "original".
 
@@ -187,6 +196,7 @@ class ReportData(TypedDict):
     rate_distortion: list[Curve]
     size_of: NotRequired[Literal["numbers", "edges"]]
     proof: NotRequired[list[ProofRow]]
+    predictions: NotRequired[list[PredictionPoint]]
     nodes: list[NodeFacts]
     edges: list[EdgeFacts]
     provenance: NotRequired[dict[str, Any]]

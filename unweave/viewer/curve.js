@@ -5,7 +5,7 @@ import { known, num, percent, plain, power } from "./format.js";
 import { makeTable } from "./table.js";
 import { hideTip, showTip } from "./tip.js";
 
-const PLOT = { width: 1000, height: 400, left: 74, right: 236, top: 14, bottom: 50 };
+export const PLOT = { width: 1000, height: 400, left: 74, right: 236, top: 14, bottom: 50 };
 const HUES = ["--accent", "--hue-1", "--hue-2", "--hue-3", "--hue-4", "--hue-5"];
 // shapes tell the lines apart where colour cannot
 const SHAPES = [
@@ -98,7 +98,7 @@ function labels(lines, scale) {
   });
 }
 
-function hover(root, spots) {
+export function hover(root, spots) {
   const ring = svg("circle", { class: "ring", r: 9, visibility: "hidden" });
   root.append(ring);
   const leave = () => { ring.setAttribute("visibility", "hidden"); hideTip(); };
@@ -126,7 +126,8 @@ export function startCurve() {
   const stars = marked.map((row) => {
     const spot = { x: scale.x(row.size), y: scale.y(row.kl_nats.value) };
     spots.push({ ...spot, text: told(plain(row.name), row.size, row.kl_nats.value, row.kl_nats.low, row.kl_nats.high) });
-    return svg("g", { class: "this" }, svg("circle", { cx: spot.x, cy: spot.y, r: 8.5 }), svg("text", { x: spot.x - 14, y: spot.y + 20, "text-anchor": "end" }, plain(row.name)));
+    const cramped = spot.x < PLOT.left + 90; // the axis is in the way on the left
+    return svg("g", { class: "this" }, svg("circle", { cx: spot.x, cy: spot.y, r: 8.5 }), svg("text", { x: spot.x + (cramped ? 14 : -14), y: spot.y + 20, "text-anchor": cramped ? "start" : "end" }, plain(row.name)));
   });
   const root = svg("svg", { viewBox: `0 0 ${PLOT.width} ${PLOT.height}`, class: "plot", role: "img", "aria-labelledby": "rate-title rate-desc" },
     svg("title", { id: "rate-title" }, "Rate and distortion"),
