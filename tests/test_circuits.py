@@ -16,10 +16,11 @@ from unweave.capture import capture
 from unweave.circuits import SHARES, connected, faithfulness_curve, find_circuit, prove
 from unweave.circuits.curve import faithfulness_of
 from unweave.circuits.distance import Prompts, per_prompt
+from unweave.circuits.division import divide, edge_numbers
 from unweave.data import TokenData, from_tensor
 from unweave.errors import EmptyDataError, InputError
 from unweave.execution import run
-from unweave.graph import Graph
+from unweave.graph import Edge, Graph
 from unweave.scope import Scope
 from unweave.scoring import score_edges
 from unweave.storage import load_graph, save_graph
@@ -138,6 +139,48 @@ def test_compiled_circuits_are_found_exactly(shared, name, ablation):
         assert [str(e) for e in graph.name_edges(missing)] == ["embed->blocks.0.attn.head.0.q"]
     else:
         assert not bool(missing.any())
+
+
+# ---- subspaces ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama-tied-biased", "gemma2", "gpt_neox"])
+def test_divided_graphs_compute_the_same_with_the_first_parts_worth_most(name):
+    graph = capture(random_model(name), verify=False)
+    tokens = torch.randint(0, 50, (12, 8), generator=torch.Generator().manual_seed(0))
+    data = from_tensor(tokens)
+    divided = divide(graph, data, Scope(), parts=4)
+    torch.testing.assert_close(run(divided, tokens).logits, run(graph, tokens).logits, atol=2e-4, rtol=1e-3)
+    head = "blocks.0.attn.head.0"
+    codes = [run(divided, tokens, record=[f"{head}.part.{k}.code"]).values[f"{head}.part.{k}.code"] for k in range(4)]
+    flat = torch.cat(codes, -1).flatten(0, 1).double()
+    cov = torch.cov(flat.T)
+    (first, *_) = [stage for stage in graph.stages if stage.kind == "attn"]
+    if first.ports[2].reads[0].widths == first.code_widths:
+        # heads with values of their own: the coordinates are uncorrelated
+        scale = cov.diagonal().sqrt()
+        assert ((cov / scale / scale[:, None]) - torch.eye(len(cov))).abs().max() < 0.05
+    assert cov.diagonal().argmax() < len(cov) / 2
+
+
+def test_an_edge_may_keep_some_dimensions(induction, halves):
+    circuit = find_circuit(induction, halves[0], SCOPE, faithfulness=0.9, level="subspace")
+    whole_edges = find_circuit(induction, halves[0], SCOPE, faithfulness=0.9)
+    assert circuit.faithfulness >= 0.9
+    assert circuit.n_numbers < whole_edges.n_numbers
+    parts = {e.src for e in circuit.edges if ".part." in e.src}
+    assert 0 < len(parts) < 8
+    # the other parts of the reader hear the same: they share its queries and keys
+    for edge in circuit.edges:
+        if edge.port == "k" and ".part." in edge.dst:
+            siblings = [n for n in circuit.original.nodes if n.startswith(edge.dst.split(".part.")[0] + ".part.")]
+            alive = [n for n in siblings if any(e.src == n for e in circuit.edges)]
+            assert all(dataclasses.replace(edge, dst=n) in circuit.edges for n in alive)
+
+
+def test_numbers_of_edges_are_dimensions_written_times_read(small):
+    edges = [Edge.parse(t) for t in ("embed->blocks.0.attn.head.1.q", "blocks.0.attn.head.1->blocks.0.mlp.in")]
+    assert edge_numbers(small, tuple(edges)) == 32 * 8 + 8 * 32  # a gated MLP reads all 32 dimensions of the stream
 
 
 # ---- what is stated is measured -------------------------------------------------------------------------------
@@ -288,7 +331,7 @@ def test_intervals_hold_what_they_say():
         ({"edges": 111}, "between 1 and the graph's 110"),
         ({"kl_nats": float("nan")}, "kl_nats must be at least 0"),
         ({"faithfulness": 1.5}, "faithfulness must be above 0"),
-        ({"edges": 5, "level": "neuron"}, "level must be 'edge' or 'node'"),
+        ({"edges": 5, "level": "neuron"}, "level must be one of edge, node, subspace"),
         ({"edges": 5, "ablation": "median"}, "unknown ablation 'median'"),
         ({"edges": 5, "method": "magic"}, "unknown method 'magic'"),
         ({"edges": 1}, "no circuit of 1 edges was found|1"),

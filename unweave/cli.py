@@ -146,7 +146,9 @@ def circuit(
         str | None, typer.Option(help="mean, 'mean per position', zero, resample or counterfactual.")
     ] = None,
     metric: Annotated[str, typer.Option(help="kl or logit_difference.")] = "kl",
-    level: Annotated[str, typer.Option(help="Choose edges, or whole nodes: edge or node.")] = "edge",
+    level: Annotated[
+        str, typer.Option(help="Choose edges, whole nodes, or parts of what heads write: edge, node, subspace.")
+    ] = "edge",
     prompts: Annotated[int, typer.Option(help="How many prompts to make; half of them are for the proof.")] = 128,
     list_: Annotated[bool, typer.Option("--list", help="List the ready-made tasks and stop.")] = False,
     seed: Seed = 0,

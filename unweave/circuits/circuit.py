@@ -10,6 +10,7 @@ from jaxtyping import Bool
 from torch import Tensor
 
 from unweave.ablation import Replacement
+from unweave.circuits.division import edge_numbers
 from unweave.graph import Edge, Graph
 from unweave.scope import Scope
 from unweave.scoring import EdgeScores
@@ -59,6 +60,11 @@ class Circuit:
     def edges(self) -> tuple[Edge, ...]:
         """The circuit's edges."""
         return self.original.name_edges(self.kept)
+
+    @property
+    def n_numbers(self) -> int:
+        """Dimensions written times dimensions read, summed over the edges: the size of their virtual weights."""
+        return edge_numbers(self.original, self.edges)
 
     @property
     def nodes(self) -> tuple[str, ...]:

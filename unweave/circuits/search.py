@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor
 from unweave.ablation import Means
 from unweave.circuits.circuit import Circuit, Trial, connected
 from unweave.circuits.distance import Distance
+from unweave.circuits.division import divide, whole
 from unweave.data import TokenData
 from unweave.errors import InputError
 from unweave.graph import Graph
@@ -29,6 +31,9 @@ GRID = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5)
 # share of a circuit's edges that one round tries to exchange, and to remove, at first
 FIRST_EXCHANGE = 0.25
 FIRST_REMOVAL = 0.5
+# exchanges tried between two rounds of removal
+EXCHANGES = 12
+LEVELS = ("edge", "node", "subspace")
 # so many edges can all be measured
 FEW_EDGES = 256
 # for a budget in edges: how many targets in nats are tried, down to this share of the empty circuit's nats
@@ -51,6 +56,7 @@ def find_circuit(
     method: str = "auto",
     scores: EdgeScores | None = None,
     level: str = "edge",
+    parts: int = 4,
     samples: int = 4,
     max_trials: int = 400,
     batch_size: int = 16,
@@ -60,10 +66,10 @@ def find_circuit(
     """The part of a graph that does what the scope asks, within a budget; its error is measured, never estimated.
 
     Edges are ranked by their scores. The smallest prefix of the ranking that meets the budget is found by bisection;
-    then edges are exchanged (out: those whose removal is predicted to cost least; in: those whose return is predicted
-    to gain most, by the gradient of the divergence at the circuit itself) as long as the measured divergence falls;
-    then edges are removed, cheapest first, in pieces that halve when one fails, until no single edge can go. Every
-    step is accepted on a measurement over ``data`` only. Edges on no path to the output are dropped.
+    then edges are removed, cheapest first, in pieces that halve when one fails, until no single edge can go; then some
+    are exchanged (out: those whose removal is predicted to cost least; in: those whose return is predicted to gain
+    most, by the gradient of the divergence at the circuit itself) as long as the measured divergence falls, and so on.
+    Every step is accepted on a measurement over ``data`` only. Edges on no path to the output are dropped.
 
     Args:
         graph: with all its edges; captured or compressed.
@@ -77,7 +83,9 @@ def find_circuit(
             of a graph with at most 256, where an attribution saves little and can miss saturated edges, and takes
             "fisher" otherwise.
         scores: known already.
-        level: "edge", or "node": all edges between the nodes kept, and nodes are what is chosen.
+        level: "edge"; "node": all edges between the nodes kept, and nodes are what is chosen; or "subspace": what nodes
+            write is divided into ``parts`` by worth (:func:`divide`), and an edge may keep some of them.
+        parts: for level "subspace".
         max_trials: measurements at most; the search stops there with what it has.
         seed: of scores and of resampling.
 
@@ -108,6 +116,10 @@ def find_circuit(
     _check(graph, edges, kl_nats, faithfulness, level)
     scope = scope or Scope()
     options: dict[str, Any] = {"batch_size": batch_size, "progress": progress}
+    if level == "subspace":
+        if scores is not None or means is not None:
+            raise InputError("level 'subspace' divides the nodes first: scores and means of the whole ones do not fit")
+        graph = divide(graph, data, scope, parts, **options)
     instead, data = replacement(graph, data, ablation, means=means, seed=seed, **options)
     if method == "auto":
         method = "exact" if graph.n_edges <= FEW_EDGES else "fisher"
@@ -135,8 +147,8 @@ def _check(graph: Graph, edges: int | None, nats: float | None, faithfulness: fl
         raise InputError(f"kl_nats must be at least 0, got {nats}")
     if faithfulness is not None and not 0 < faithfulness <= 1:
         raise InputError(f"faithfulness must be above 0 and at most 1, got {faithfulness}")
-    if level not in ("edge", "node"):
-        raise InputError(f"level must be 'edge' or 'node', got {level!r}")
+    if level not in LEVELS:
+        raise InputError(f"level must be one of {', '.join(LEVELS)}, got {level!r}")
     if graph.n_edges < int(graph.possible_edges.sum()):
         raise InputError("this graph has cut edges already; give the whole graph, a circuit is found in one go")
 
@@ -179,28 +191,45 @@ class _Search:
 
     def edges_of(self, units: Bool[Tensor, " units"]) -> Bool[Tensor, "ports writers"]:
         """The edges that a choice of units keeps, those that reach no output dropped: they do nothing."""
-        if self.level == "edge":
+        if self.level != "node":
             keep = torch.zeros_like(self.graph.edge_matrix)
-            keep[self.graph.edge_matrix] = units
+            keep[self.graph.edge_matrix] = units[self.groups]
         else:
             keep = self.graph.edge_matrix & units[self.port_node][:, None] & units[self.writer_node][None]
         return connected(self.graph, keep, fed=False)
 
     def units_of(self, edges: Bool[Tensor, "ports writers"]) -> Bool[Tensor, " units"]:
         """The units that a set of edges needs."""
-        if self.level == "edge":
-            return edges[self.graph.edge_matrix]
+        if self.level != "node":
+            return self._sums(edges[self.graph.edge_matrix].float()) > 0
         units = torch.zeros(len(self.graph.nodes), dtype=torch.bool)
         units[self.port_node[edges.any(1)]] = True
         units[self.writer_node[edges.any(0)]] = True
         return units
 
-    @property
+    @cached_property
+    def groups(self) -> Int[Tensor, " edges"]:
+        """The unit of every edge: itself, or, where nodes are divided, what it shares with the reader's other parts."""
+        if self.level == "edge":
+            return torch.arange(self.graph.n_edges)
+        keys = [(e.src, whole(e.dst), e.port) for e in self.graph.edges]
+        number = {key: i for i, key in enumerate(dict.fromkeys(keys))}
+        return torch.tensor([number[key] for key in keys])
+
+    @cached_property
+    def n_units(self) -> int:
+        """How many units there are to choose from."""
+        return len(self.graph.nodes) if self.level == "node" else int(self.groups.max()) + 1
+
+    def _sums(self, by_edge: Float[Tensor, " edges"]) -> Float[Tensor, " units"]:
+        return torch.zeros(self.n_units).index_add(0, self.groups, by_edge)
+
+    @cached_property
     def port_node(self) -> Int[Tensor, " ports"]:
         at = {name: i for i, name in enumerate(self.graph.nodes)}
         return torch.tensor([at[port.rsplit(".", 1)[0]] for port in self.graph.ports])
 
-    @property
+    @cached_property
     def writer_node(self) -> Int[Tensor, " writers"]:
         at = {name: i for i, name in enumerate(self.graph.nodes)}
         return torch.tensor([at[name] for name in self.graph.writers])
@@ -208,8 +237,8 @@ class _Search:
     def worth(self, nats: Float[Tensor, "ports writers"]) -> Float[Tensor, " units"]:
         """Nats by unit, from nats by edge."""
         nats = nats.nan_to_num(0.0).abs()
-        if self.level == "edge":
-            return nats[self.graph.edge_matrix]
+        if self.level != "node":
+            return self._sums(nats[self.graph.edge_matrix])
         worth = torch.zeros(len(self.graph.nodes))
         worth[self.writer_node] = nats.amax(0)
         worth[-1] = NEVER  # the output is always there
@@ -266,8 +295,7 @@ class _Search:
         return int(self.edges_of(self._mark(units)).sum())
 
     def _mark(self, units: Int[Tensor, " k"]) -> Bool[Tensor, " units"]:
-        n = int(self.graph.edge_matrix.sum()) if self.level == "edge" else len(self.graph.nodes)
-        marked = torch.zeros(n, dtype=torch.bool)
+        marked = torch.zeros(self.n_units, dtype=torch.bool)
         marked[units] = True
         return marked
 
@@ -294,11 +322,13 @@ class _Search:
 
     # ---- moves --------------------------------------------------------------------------------------------
 
-    def exchange(self, keep: Tensor, nats: float) -> tuple[Bool[Tensor, "ports writers"], float]:
+    def exchange(
+        self, keep: Tensor, nats: float, moves: int | None = None
+    ) -> tuple[Bool[Tensor, "ports writers"], float]:
         """Exchange units for others as long as the divergence falls; the number of edges does not grow."""
-        size = int(keep.sum())
-        share = FIRST_EXCHANGE
-        while not self.spent:
+        size, share = int(keep.sum()), FIRST_EXCHANGE
+        last = self.max_trials if moves is None else min(self.max_trials, self.n_trials + moves)
+        while self.n_trials < last:
             units = self.units_of(keep)
             cost, gain = self._predict(keep)
             n = max(1, int(share * int(units.sum())))
@@ -317,12 +347,11 @@ class _Search:
         return keep, nats
 
     def shrink(self, keep: Tensor, target: float) -> tuple[Bool[Tensor, "ports writers"], float]:
-        """Exchange and remove in turn until nothing more can go."""
-        nats = self.measure(keep)
+        """Remove and exchange in turn until nothing more can go."""
+        keep, nats = self.remove(keep, self.measure(keep), target)
         while not self.spent:
             before = int(keep.sum())
-            keep, nats = self.exchange(keep, nats)
-            keep, nats = self.remove(keep, nats, target)
+            keep, nats = self.remove(*self.exchange(keep, nats, EXCHANGES), target)
             if int(keep.sum()) >= before:
                 break
         return keep, nats
@@ -359,8 +388,8 @@ class _Search:
         # the first order is taken at the circuit, the second is that of the whole graph
         curvature = self.scores.nats.nan_to_num(0.0).abs()
         cost, gain = torch.where(keep, curvature - slope, 0.0), torch.where(keep, 0.0, -slope - curvature)
-        if self.level == "edge":
-            return cost[self.graph.edge_matrix], gain[self.graph.edge_matrix]
+        if self.level != "node":
+            return self._sums(cost[self.graph.edge_matrix]), self._sums(gain[self.graph.edge_matrix])
         return self._by_node(cost, NEVER), self._by_node(gain, -NEVER)
 
     def _by_node(self, nats: Tensor, output: float) -> Float[Tensor, " units"]:
