@@ -162,10 +162,8 @@ def compare(name: str, model: Path, task: Task) -> list[dict[str, Any]]:
     score(method="eap")  # the first call is slower
     rankings: dict[str, tuple[Any, float]] = {
         "unweave, search": seconds(lambda: searched(graph, data, difference)),
+        "unweave, fisher": score(samples=1),
         "unweave, fisher of the KL": score(scope=kl, samples=2),
-        "unweave, fisher of the KL, top 10% measured": score(
-            scope=kl, samples=2, measure_top=max(10, graph.n_edges // 10)
-        ),
         "EAP": score(method="eap"),
         "EAP-IG-inputs, 5 steps": score(method="eap-ig"),
         "exact single-edge effects": score(method="exact"),
