@@ -13,7 +13,7 @@ from families import random_model
 
 from unweave.ablation import CORRUPTED, KINDS, batch_trace
 from unweave.capture import capture
-from unweave.circuits import SHARES, connected, faithfulness_curve, find_circuit, prove
+from unweave.circuits import SHARES, connected, distance, faithfulness_curve, find_circuit, prove
 from unweave.circuits.curve import faithfulness_of
 from unweave.circuits.distance import Prompts, per_prompt
 from unweave.circuits.division import divide, edge_numbers
@@ -236,6 +236,41 @@ def test_more_edges_are_never_worse_and_the_same_seed_gives_the_same(small, pair
     assert nats == sorted(nats, reverse=True)
     again = find_circuit(small, pairs, edges=40, max_trials=80)
     assert again.nats == nats[1]
+
+
+def test_a_killed_search_resumes_without_measuring_again(small, pairs, tmp_path, monkeypatch):
+    path = tmp_path / "search.safetensors"
+    options = {"edges": 20, "max_trials": 30, "checkpoint": path}
+    expected = find_circuit(small, pairs, edges=20, max_trials=30)
+    monkeypatch.setattr(distance, "SECONDS_BETWEEN_CHECKPOINTS", 0.0)
+    measure, done = distance.Distance._measure, []
+
+    def killed(self, keep):
+        if len(done) == 12:
+            raise KeyboardInterrupt
+        done.append(1)
+        return measure(self, keep)
+
+    monkeypatch.setattr(distance.Distance, "_measure", killed)
+    with pytest.raises(KeyboardInterrupt):
+        find_circuit(small, pairs, **options)
+    assert path.exists()
+    again = []
+    monkeypatch.setattr(distance.Distance, "_measure", lambda self, keep: again.append(1) or measure(self, keep))
+    resumed = find_circuit(small, pairs, **options)
+    assert torch.equal(resumed.kept, expected.kept)
+    assert resumed.trials == expected.trials
+    assert len(again) == len(expected.trials) - 12
+    assert not path.exists()
+
+
+def test_a_checkpoint_of_another_search_is_refused(small, pairs, tmp_path, monkeypatch):
+    path = tmp_path / "search.safetensors"
+    monkeypatch.setattr(distance, "SECONDS_BETWEEN_CHECKPOINTS", 0.0)
+    monkeypatch.setattr(distance.Distance, "done", lambda self: None)
+    find_circuit(small, pairs, edges=20, max_trials=5, checkpoint=path)
+    with pytest.raises(InputError, match="another pass or other data"):
+        find_circuit(small, pairs.select(slice(0, 4)), edges=20, max_trials=5, checkpoint=path)
 
 
 # ---- proofs ---------------------------------------------------------------------------------------------------

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
+import time
 from collections.abc import Mapping
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -15,9 +18,11 @@ from unweave.ablation import Replacement, batch_trace
 from unweave.data import Batch, TokenData
 from unweave.errors import EmptyDataError, NonFiniteError
 from unweave.evaluation import Estimate
+from unweave.files import Checkpoint
 from unweave.graph import Graph
 from unweave.progress import track
-from unweave.scope import Scope, agreement, divergence, metric, position_mask
+from unweave.scope import Scope, agreement, describe, divergence, metric, position_mask
+from unweave.statistics import SECONDS_BETWEEN_CHECKPOINTS
 
 __all__ = ["Distance", "Prompts", "bootstrap", "per_prompt"]
 
@@ -42,10 +47,28 @@ class Prompts(NamedTuple):
 
 
 class Distance:
-    """Measures candidates: the divergence, in nats per token, of a set of edges from the whole graph."""
+    """Measures candidates: the divergence, in nats per token, of a set of edges from the whole graph.
 
-    def __init__(self, graph: Graph, data: TokenData, scope: Scope, instead: Replacement, batch_size: int = 16) -> None:
+    With a checkpoint, what was measured is kept in a file every half minute, so that a search that was killed goes the
+    same way again without measuring anew.
+    """
+
+    def __init__(
+        self,
+        graph: Graph,
+        data: TokenData,
+        scope: Scope,
+        instead: Replacement,
+        batch_size: int = 16,
+        checkpoint: str | Path | None = None,
+    ) -> None:
         self.graph, self.scope, self.instead = graph, scope, instead
+        self.known: dict[str, float] = {}
+        self.saved, self.saver = time.monotonic(), None
+        if checkpoint is not None:
+            self.saver = Checkpoint(Path(checkpoint), _fingerprint(graph, data, scope, instead))
+            found = self.saver.load()
+            self.known = {} if found is None else dict(found[1]["known"])
         self.batches = list(data.batches(batch_size))
         self.tokens = sum(int(position_mask(scope, batch).sum()) for batch in self.batches)
         if self.tokens == 0:
@@ -62,13 +85,27 @@ class Distance:
             self._kept.append(batch_trace(self.graph, self.batches[len(self._kept)]).output)
         return self._kept[number]
 
-    @torch.no_grad()
     def of(self, keep: Bool[Tensor, "ports writers"]) -> float:
         """Nats per token when only these edges are kept.
 
         Raises:
             NonFiniteError: the cut graph's output is not finite.
         """
+        key = hashlib.sha256(keep.numpy().tobytes()).hexdigest()[:24]
+        if key not in self.known:
+            self.known[key] = self._measure(keep)
+        if self.saver is not None and time.monotonic() - self.saved > SECONDS_BETWEEN_CHECKPOINTS:
+            self.saver.save({}, {"known": self.known})
+            self.saved = time.monotonic()
+        return self.known[key]
+
+    def done(self) -> None:
+        """Forget the checkpoint: the search is over."""
+        if self.saver is not None:
+            self.saver.clear()
+
+    @torch.no_grad()
+    def _measure(self, keep: Bool[Tensor, "ports writers"]) -> float:
         cut, total = self.instead.cut(self.graph, keep), 0.0
         for number, batch in enumerate(self.batches):
             logits = batch_trace(cut, batch).output
@@ -76,6 +113,12 @@ class Distance:
         if not math.isfinite(total):
             raise NonFiniteError("a cut graph gave NaN or inf; use another ablation")
         return total / self.tokens
+
+
+def _fingerprint(graph: Graph, data: TokenData, scope: Scope, instead: Replacement) -> str:
+    weights = [float(t.double().sum()) for t in (*graph.tensors, *(instead.means or {}).values())]
+    text = repr((graph.nodes, weights, describe(scope), instead.kind, data.fingerprint()))
+    return f"circuit-{hashlib.sha256(text.encode()).hexdigest()[:24]}"
 
 
 @torch.no_grad()

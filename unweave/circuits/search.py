@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -62,6 +63,7 @@ def find_circuit(
     batch_size: int = 16,
     seed: int = 0,
     progress: bool | None = None,
+    checkpoint: str | Path | None = None,
 ) -> Circuit:
     """The part of a graph that does what the scope asks, within a budget; its error is measured, never estimated.
 
@@ -88,6 +90,7 @@ def find_circuit(
         parts: for level "subspace".
         max_trials: measurements at most; the search stops there with what it has.
         seed: of scores and of resampling.
+        checkpoint: a file that keeps what was measured, so that a killed search resumes; removed at the end.
 
     Returns:
         :class:`Circuit`; test it on other data with :func:`prove`.
@@ -126,7 +129,7 @@ def find_circuit(
     if scores is None:
         given: dict[str, Any] = {"ablation": ablation, "means": instead.means, "method": method}
         scores = score_edges(graph, data, scope, samples=samples, seed=seed, **given, **options)
-    distance = Distance(graph, data, scope, instead, batch_size)
+    distance = Distance(graph, data, scope, instead, batch_size, checkpoint)
     with counter("measuring circuits", max_trials, show=progress) as count:
         search = _Search(distance, scores, level, max_trials, count)
         empty = search.measure(torch.zeros_like(graph.edge_matrix))
@@ -135,6 +138,7 @@ def find_circuit(
         else:
             target = kl_nats if kl_nats is not None else (1.0 - (faithfulness or 0.0)) * empty
             kept, nats = search.within(target)
+    distance.done()
     return Circuit(instead.cut(graph, kept), graph, kept, scope, instead, scores, nats, empty, tuple(search.trials))
 
 
