@@ -398,9 +398,9 @@ def _named_edges(results: Mapping[str, Any], edges: list[dict[str, Any]]) -> lis
 
 
 def _edge_table(rows: list[dict[str, Any]], title: str) -> Table:
-    table = Table(title=escape(title), title_justify="left")
+    table = Table(title=f"{escape(title)}, nats per token", title_justify="left")
     table.add_column("edge", overflow="fold", min_width=44)
-    table.add_column("nats/token", justify="right")
+    table.add_column("nats", justify="right")
     table.add_column("± se", justify="right")
     table.add_column("")
     for row in rows:
