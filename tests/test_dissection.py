@@ -80,6 +80,14 @@ def test_a_task_from_a_file(tmp_path):
     assert torch.equal(result.task.data.tokens, task.data.tokens)
 
 
+@pytest.mark.parametrize("ablation", ["mean", "zero", "resample"])
+def test_every_ablation_goes_all_the_way(ablation):
+    result = dissect("zoo:induction", "induction", prompts=24, ablation=ablation)
+    assert result.circuit.instead.kind == ablation
+    assert result.proof.nats.value < result.proof.empty_nats
+    assert result.curves["unweave"].faithfulness[-1].value == pytest.approx(1.0)
+
+
 def test_a_model_that_cannot_do_the_task_gets_no_circuit():
     model = random_model("gpt2")
     with pytest.raises(InputError, match="cannot do this task"):

@@ -54,13 +54,17 @@ class Replacement:
             return graph.restrict(keep, means=self.means)
         return graph.restrict(keep, ablation="resample")
 
-    def sent(self, graph: Graph, batch: Batch) -> list[Float[Tensor, "node #batch #pos d"]]:
-        """By stage, what each node sends over its ablated edges."""
+    def paired(self, data: TokenData, seed: int = 0) -> TokenData:
+        """The data with the partners that this kind draws; what a circuit cut by it has to be run on."""
+        return pair_at_random(data, seed) if self.kind == "resample" else data
+
+    def sent(self, graph: Graph, batch: Batch, other: Trace | None = None) -> list[Float[Tensor, "node #batch #pos d"]]:
+        """By stage, what each node sends over its ablated edges (``other``: the partners' run, if known already)."""
         stages = graph.stages[:-1]
         if self.means is not None:
             n_pos = batch.inputs.shape[1]
             return [torch.stack([self.means[n][:n_pos] for n in stage.nodes])[:, None] for stage in stages]
-        other = counterfactual_trace(graph, batch)
+        other = other or counterfactual_trace(graph, batch)
         return [rearrange(other.node_writes(s), "b n t d -> n b t d") for s in range(len(stages))]
 
 
@@ -99,7 +103,14 @@ def pair_at_random(data: TokenData, seed: int = 0) -> TokenData:
     return dataclasses.replace(data, labels={**data.labels, CORRUPTED: data.tokens[partner]})
 
 
-def batch_trace(graph: Graph, batch: Batch, *, keep: bool = False) -> Trace:
-    """Run a graph on a batch; cut edges that carry another input get it from the batch's label."""
-    other = counterfactual_trace(graph, batch) if graph.resample else None
+def batch_trace(graph: Graph, batch: Batch, *, keep: bool = False, other: Trace | None = None) -> Trace:
+    """Run a graph on a batch; cut edges that carry another input get it from the batch's label.
+
+    Args:
+        other: the partners' run, if known already: all cuts of one graph share it.
+    """
+    if graph.resample:
+        other = other or counterfactual_trace(graph, batch)
+    else:
+        other = None
     return trace(graph, check_inputs(graph, batch.inputs, batch.mask), keep=keep, counterfactual=other)

@@ -306,7 +306,9 @@ def _source(graph: Graph) -> str:
     """Where the folder says its model is, if that is on this machine: folders from others do not start downloads."""
     source = str(graph.info.get("model") or "")
     if source and not source.startswith("zoo:") and not Path(source).is_dir():
-        stderr.print(f"[yellow]the original {escape(source)} is not on this machine: say where with --model[/]")
+        stderr.print(
+            f"[yellow]the original {escape(source)} is not on this machine; unweave run takes it from --model[/]"
+        )
         return ""
     return source
 

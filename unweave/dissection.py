@@ -19,14 +19,13 @@ from unweave.capture import capture, load_tokenizer
 from unweave.circuits import Circuit, FaithfulnessCurve, Proof, faithfulness_curve, find_circuit, prove
 from unweave.errors import InputError
 from unweave.graph import Graph
+from unweave.report import MAX_EDGES
 from unweave.scope import describe
 from unweave.scoring import EdgeScores, measure_edges, score_edges
 from unweave.storage import save_graph
 from unweave.tasks import Task, TaskCheck, check_task, list_tasks, load_task, make_task, require_solved
 
 __all__ = ["Dissected", "Prediction", "dissect", "predict_effects"]
-
-MOST_EDGES = 10_000
 
 
 @dataclass(frozen=True, eq=False)
@@ -190,6 +189,7 @@ def predict_effects(circuit: Circuit, data: Any, *, n: int = 100, seed: int = 0,
         One scoring pass and up to n forward passes.
     """
     graph, kept = circuit.original, circuit.kept
+    data = circuit.instead.paired(data, seed)
     generator = torch.Generator().manual_seed(seed)
     chosen = torch.zeros_like(kept)
     for places in (kept.nonzero(), (graph.edge_matrix & ~kept).nonzero()):
@@ -328,7 +328,7 @@ def _edges(circuit: Circuit, proof: Proof) -> list[dict[str, Any]]:
     split = [port.rsplit(".", 1) for port in graph.ports]
     ranked = [tuple(pair) for pair in circuit.scores.ranked().tolist()]
     # the circuit's own, by what they are worth in it; then the others, by their score
-    ordered = sorted(ranked, key=lambda pair: -float(own.nats[pair]) if bool(circuit.kept[pair]) else 0.0)[:MOST_EDGES]
+    ordered = sorted(ranked, key=lambda pair: -float(own.nats[pair]) if bool(circuit.kept[pair]) else 0.0)[:MAX_EDGES]
     rows = []
     for j, i in ordered:
         kept = bool(circuit.kept[j, i])

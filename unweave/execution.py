@@ -588,7 +588,9 @@ def run(
 
 
 def uncut(graph: Graph) -> Graph:
-    """The graph with every edge restored and every constant removed."""
+    """The graph with every edge restored and every constant removed; the graph itself where nothing was cut."""
+    if not graph.resample and all(p.edges is None and p.offset is None for s in graph.stages for p in s.ports):
+        return graph
     stages = tuple(
         dataclasses.replace(s, ports=tuple(dataclasses.replace(p, edges=None, offset=None) for p in s.ports))
         for s in graph.stages

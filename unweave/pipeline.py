@@ -25,6 +25,7 @@ from unweave.data import TokenData, load_data
 from unweave.errors import InputError
 from unweave.evaluation import Estimate, Faithfulness, evaluate
 from unweave.graph import Graph
+from unweave.report import MAX_EDGES
 from unweave.scope import Scope, describe
 from unweave.scoring import EdgeScores, calibrate
 from unweave.statistics import collect_means
@@ -378,5 +379,5 @@ def _edges(graph: Graph, scores: EdgeScores) -> list[dict[str, Any]]:
             "se": float(scores.se[j, i]),
             "measured": bool(scores.measured[j, i]),
         }
-        for j, i in scores.ranked()[:10_000].tolist()
+        for j, i in scores.ranked()[:MAX_EDGES].tolist()
     ]

@@ -210,7 +210,7 @@ class EdgeMeasure:
     instead: Replacement
 
     def __call__(self, t: Trace, batch: Batch) -> Tally:
-        return _EdgeTally(self.scope, batch, _Products(t, self.instead.sent(t.graph, batch), BLOCK))
+        return _EdgeTally(self.scope, batch, _Products(t, self.instead.sent(t.graph, batch, t.counterfactual), BLOCK))
 
 
 @dataclass
@@ -244,7 +244,7 @@ class _GradientStep:
     def __call__(self, batch: Batch) -> Sums:
         with torch.no_grad():
             clean = batch_trace(self.graph, batch, keep=True)
-            sent = self.instead.sent(self.graph, batch)
+            sent = self.instead.sent(self.graph, batch, clean.counterfactual)
         n_pos = clean.context.n_pos
         written = _Products(clean, sent, n_pos).written
         signed = self.scope.divergence == "logit_difference"
@@ -321,7 +321,7 @@ class _Products:
                 row = graph.port_starts[s, port.port.name]
                 product = rearrange(g, "n b w d -> b n (w d)") @ self._heard(graph, s)
                 out[:, row : row + len(g), graph.visible_writers(s)] = product
-        if not cut_too and graph.n_edges < int(graph.possible_edges.sum()):
+        if not cut_too and graph.is_cut:
             out *= graph.edge_matrix.to(out)
         return rearrange(out, "(b k) p w -> b k p w", b=self.t.context.inputs.shape[0])
 
@@ -475,7 +475,7 @@ def measure_edges(
     def step(batch: Batch) -> Sums:
         t = batch_trace(graph, batch, keep=True)
         check_finite(t, batch)
-        sent = instead.sent(graph, batch)
+        sent = instead.sent(graph, batch, t.counterfactual)
         out = torch.zeros(len(batch.index), len(graph.ports), len(graph.writers), device=graph.device)
         for s, port, rows, columns in _chunks(graph, edges, batch):
             reference = t.output.repeat(len(rows), 1, 1)

@@ -18,12 +18,12 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from unweave.ablation import KINDS, Means, Replacement, counterfactual_trace, pair_at_random
+from unweave.ablation import KINDS, Means, Replacement, counterfactual_trace
 from unweave.data import Batch, TokenData
 from unweave.errors import EmptyDataError, InputError, NonFiniteError
 from unweave.execution import Trace, check_inputs, plan_of, trace
 from unweave.files import Checkpoint
-from unweave.graph import CHANNEL_KINDS, Graph
+from unweave.graph import Graph
 from unweave.ops import Identity
 from unweave.progress import track
 from unweave.scope import Scope, fisher_cotangent
@@ -192,10 +192,9 @@ def replacement(
     """
     if kind not in KINDS:
         raise InputError(f"unknown ablation {kind!r}; choose one of {', '.join(KINDS)}")
-    if kind == "resample":
-        return Replacement(kind), pair_at_random(data, seed)
-    if kind == "counterfactual":
-        return Replacement(kind), data
+    if kind in ("resample", "counterfactual"):
+        instead = Replacement(kind)
+        return instead, instead.paired(data, seed)
     if kind == "zero":
         width = {w: graph.find(w)[0].write.d_out for w in graph.writers}  # type: ignore[union-attr]
         return Replacement(kind, {w: torch.zeros(1, d, device=graph.device) for w, d in width.items()}), data
@@ -277,23 +276,24 @@ class FisherPass:
         return {name: value for tally in tallies for name, value in tally.sums().items()}
 
 
-def differentiable_trace(graph: Graph, batch: Batch, patch: Any = None) -> Trace:
-    """A kept run whose reads can be differentiated, though no weight asks for gradients."""
+def differentiable_trace(graph: Graph, batch: Batch, patch: Any = None, other: Trace | None = None) -> Trace:
+    """A kept run whose reads can be differentiated, though no weight asks for gradients (``other``: as
+    in :func:`batch_trace`)."""
     first = graph.writers[0]
     inner = (patch or {}).get(first, lambda y: y)
     context = check_inputs(graph, batch.inputs, batch.mask)
     with torch.enable_grad():
-        other = counterfactual_trace(graph, batch) if graph.resample else None
+        if graph.resample:
+            other = other or counterfactual_trace(graph, batch)
         patch = {first: lambda y: inner(y).detach().requires_grad_()}
-        t = trace(graph, context, keep=True, patch=patch, counterfactual=other)
+        t = trace(graph, context, keep=True, patch=patch, counterfactual=other if graph.resample else None)
     check_finite(t, batch)
     return t
 
 
 def gradients_of(t: Trace, output: Tensor, cotangent: Tensor | None = None, *, retain: bool = False) -> Gradients:
     """The gradients of an output of a run at all its reads and, where no edge is cut, at its totals."""
-    whole = t.graph.n_edges == int(t.graph.possible_edges.sum())
-    stages = [s for s, stage in enumerate(t.graph.stages) if whole and stage.kind in CHANNEL_KINDS and stage.write]
+    stages = () if t.graph.is_cut else t.graph.channels
     flat = [r for reads in t.reads.values() for r in reads] + [t.total[s] for s in stages]
     got = iter(torch.autograd.grad(output, flat, cotangent, retain_graph=retain))
     reads = {key: [next(got) for _ in reads] for key, reads in t.reads.items()}

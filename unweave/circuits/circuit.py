@@ -97,20 +97,19 @@ def connected(graph: Graph, keep: Bool[Tensor, "ports writers"], *, fed: bool = 
         0
     """
     keep = keep & graph.edge_matrix
-    writer_at = {name: i for i, name in enumerate(graph.writers)}
-    speaks, useful = (torch.full((len(graph.writers),), not fed), torch.zeros(len(graph.writers), dtype=torch.bool))
-    rows = {node: _rows(graph, s, i) for s, stage in enumerate(graph.stages) for i, node in enumerate(stage.nodes)}
-    for name, i in writer_at.items():
-        inputs = rows[name]
-        speaks[i] |= not inputs or bool((keep[inputs] & speaks).any())
-    for name in reversed(graph.nodes):
-        if name not in writer_at or bool(useful[writer_at[name]]):
-            useful |= keep[rows[name]].any(0)
-    alive = torch.zeros(len(graph.ports), dtype=torch.bool)
-    for name, inputs in rows.items():
-        alive[inputs] = name not in writer_at or bool(useful[writer_at[name]])
-    return keep & alive[:, None] & speaks[None]
-
-
-def _rows(graph: Graph, s: int, i: int) -> list[int]:
-    return [graph.port_starts[s, port.name] + i for port in graph.stages[s].ports]
+    heard, writers = [], []  # by stage: which writers each node hears, and which writers its nodes are
+    for s, stage in enumerate(graph.stages):
+        rows = [keep[(r := graph.port_starts[s, p.name]) : r + len(stage.nodes)] for p in stage.ports]
+        heard.append(torch.stack(rows).any(0) if rows else keep.new_zeros(len(stage.nodes), keep.shape[1]))
+        writers.append(slice(graph.writer_starts[s], graph.writer_starts[s + 1]))
+    speaks, useful = torch.full((keep.shape[1],), not fed), torch.zeros(keep.shape[1], dtype=torch.bool)
+    for stage, hears, own in zip(graph.stages[:-1], heard, writers, strict=False):
+        speaks[own] |= (hears & speaks).any(1) if stage.ports else True
+    alive = keep.new_zeros(keep.shape[0])
+    for s in reversed(range(len(graph.stages))):
+        stage = graph.stages[s]
+        wanted = useful[writers[s]] if stage.write is not None else torch.ones(len(stage.nodes), dtype=torch.bool)
+        useful |= heard[s][wanted].any(0)
+        for port in stage.ports:
+            alive[(r := graph.port_starts[s, port.name]) : r + len(stage.nodes)] = wanted
+    return keep & alive[:, None] & speaks

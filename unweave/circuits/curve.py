@@ -103,6 +103,7 @@ def faithfulness_curve(
     """
     if not shares or sorted(set(shares)) != list(shares) or not 0 < shares[0] <= shares[-1] <= 1:
         raise InputError(f"shares must rise within (0, 1], got {tuple(shares)}")
+    data = instead.paired(data, seed)
     kept = {}
     for share in shares:
         chosen = scores.top(round(share * graph.n_edges)) if isinstance(scores, EdgeScores) else scores[share]

@@ -14,10 +14,11 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from unweave.ablation import Replacement, batch_trace
+from unweave.ablation import Replacement, batch_trace, counterfactual_trace
 from unweave.data import Batch, TokenData
 from unweave.errors import EmptyDataError, NonFiniteError
 from unweave.evaluation import Estimate
+from unweave.execution import Trace
 from unweave.files import Checkpoint
 from unweave.graph import Graph
 from unweave.progress import track
@@ -26,7 +27,7 @@ from unweave.statistics import SECONDS_BETWEEN_CHECKPOINTS
 
 __all__ = ["Distance", "Prompts", "bootstrap", "per_prompt"]
 
-# logits of the whole graph are kept between measurements up to this many numbers; beyond, they are computed again
+# what every measurement needs anew is kept between them up to this many numbers; beyond, it is computed again
 NUMBERS_KEPT = 64_000_000
 
 
@@ -37,7 +38,7 @@ class Prompts(NamedTuple):
         nats: divergence from the whole graph ``[n]``.
         tokens: positions in the scope ``[n]``.
         same: positions where both put the same output first ``[n]``.
-        metric: the logit difference, or the log-probability-free zero where the scope has none ``[n]``.
+        metric: the logit difference ``[n]``; zero where the data has no answers.
     """
 
     nats: np.ndarray
@@ -73,17 +74,32 @@ class Distance:
         self.tokens = sum(int(position_mask(scope, batch).sum()) for batch in self.batches)
         if self.tokens == 0:
             raise EmptyDataError("the scope selects no position of this data set")
-        numbers = data.tokens.shape[0] * data.tokens.shape[1] * graph.info["d_out"]
-        self._kept: list[Tensor] | None = [] if numbers <= NUMBERS_KEPT else None
+        positions = data.tokens.shape[0] * data.tokens.shape[1]
+        written = sum(len(s.nodes) * s.write.d_out for s in graph.stages if s.write is not None)
+        self._references: dict[int, Tensor] | None = {} if positions * graph.info["d_out"] <= NUMBERS_KEPT else None
+        self._others: dict[int, Trace] | None = {} if positions * written <= NUMBERS_KEPT else None
 
     @torch.no_grad()
     def reference(self, number: int) -> Float[Tensor, "batch pos d_out"]:
         """The whole graph's logits on a batch."""
-        if self._kept is None:
-            return batch_trace(self.graph, self.batches[number]).output
-        while len(self._kept) <= number:
-            self._kept.append(batch_trace(self.graph, self.batches[len(self._kept)]).output)
-        return self._kept[number]
+        if self._references is None or number not in self._references:
+            made = batch_trace(self.graph, self.batches[number]).output
+            if self._references is None:
+                return made
+            self._references[number] = made
+        return self._references[number]
+
+    @torch.no_grad()
+    def other(self, number: int) -> Trace | None:
+        """The whole graph's run on a batch's partners, where ablated edges carry that."""
+        if self.instead.means is not None:
+            return None
+        if self._others is None or number not in self._others:
+            made = counterfactual_trace(self.graph, self.batches[number])
+            if self._others is None:
+                return made
+            self._others[number] = made
+        return self._others[number]
 
     def of(self, keep: Bool[Tensor, "ports writers"]) -> float:
         """Nats per token when only these edges are kept.
@@ -108,7 +124,7 @@ class Distance:
     def _measure(self, keep: Bool[Tensor, "ports writers"]) -> float:
         cut, total = self.instead.cut(self.graph, keep), 0.0
         for number, batch in enumerate(self.batches):
-            logits = batch_trace(cut, batch).output
+            logits = batch_trace(cut, batch, other=self.other(number)).output
             total += float(divergence(self.scope, self.reference(number), logits, batch).double().sum())
         if not math.isfinite(total):
             raise NonFiniteError("a cut graph gave NaN or inf; use another ablation")
@@ -142,8 +158,9 @@ def per_prompt(
     total = -(-len(data) // batch_size)
     for batch in track(data.batches(batch_size), description, total, show=progress):
         reference = batch_trace(original, batch).output
+        other = counterfactual_trace(original, batch) if any(g.resample for g in graphs.values()) else None
         for name, graph in every.items():
-            logits = reference if name == "original" else batch_trace(graph, batch).output
+            logits = reference if name == "original" else batch_trace(graph, batch, other=other).output
             rows[name].append(_row(scope, batch, reference, logits))
     tables = {name: np.concatenate(parts, axis=1) for name, parts in rows.items()}
     if tables["original"][1].sum() == 0:

@@ -125,6 +125,7 @@ def prove(
     if circuit.n_edges == 0:
         raise InputError("the circuit has no edge: there is nothing to prove")
     options: dict[str, Any] = {"batch_size": batch_size, "progress": progress}
+    data = circuit.instead.paired(data, seed)
     whole, generator = circuit.original, torch.Generator().manual_seed(seed)
 
     def cut(keep: Tensor) -> Graph:

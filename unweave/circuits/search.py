@@ -153,7 +153,7 @@ def _check(graph: Graph, edges: int | None, nats: float | None, faithfulness: fl
         raise InputError(f"faithfulness must be above 0 and at most 1, got {faithfulness}")
     if level not in LEVELS:
         raise InputError(f"level must be one of {', '.join(LEVELS)}, got {level!r}")
-    if graph.n_edges < int(graph.possible_edges.sum()):
+    if graph.is_cut:
         raise InputError("this graph has cut edges already; give the whole graph, a circuit is found in one go")
 
 
@@ -167,7 +167,7 @@ class _Search:
     max_trials: int
     count: Callable[[], None]
     trials: list[Trial] = field(default_factory=list)
-    known: dict[bytes, float] = field(default_factory=dict)
+    counted: set[bytes] = field(default_factory=set)
     slopes: dict[bytes, Tensor] = field(default_factory=dict)
 
     @property
@@ -183,13 +183,13 @@ class _Search:
         return self.n_trials >= self.max_trials
 
     def measure(self, keep: Bool[Tensor, "ports writers"]) -> float:
-        """Nats per token of a candidate; none is measured twice."""
-        key = keep.numpy().tobytes()
-        if key not in self.known:
-            self.known[key] = self.distance.of(keep)
-            self.trials.append(Trial(int(keep.sum()), self.known[key]))
+        """Nats per token of a candidate; one met again is not a new trial."""
+        nats, key = self.distance.of(keep), keep.numpy().tobytes()
+        if key not in self.counted:
+            self.counted.add(key)
+            self.trials.append(Trial(int(keep.sum()), nats))
             self.count()
-        return self.known[key]
+        return nats
 
     # ---- units: what is chosen ----------------------------------------------------------------------------
 
@@ -407,7 +407,8 @@ class _Search:
         d = self.distance
         cut, total = d.instead.cut(self.graph, keep), torch.zeros(keep.shape)
         for number, batch in enumerate(d.batches):
-            t = differentiable_trace(cut, batch)
+            other = d.other(number)
+            t = differentiable_trace(cut, batch, other=other)
             value = divergence(d.scope, d.reference(number), t.output, batch).sum()
-            total += edge_products(t, d.instead.sent(self.graph, batch), gradients_of(t, value)).sum(0).cpu()
+            total += edge_products(t, d.instead.sent(self.graph, batch, other), gradients_of(t, value)).sum(0).cpu()
         return total / d.tokens

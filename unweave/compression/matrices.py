@@ -12,7 +12,7 @@ from torch import Tensor
 
 from unweave.compression.moments import ChannelMoments
 from unweave.errors import InputError
-from unweave.graph import CHANNEL_KINDS, Graph, Stage
+from unweave.graph import Graph, Stage
 from unweave.ops import Identity, LinearMap
 
 __all__ = ["Matrix", "MatrixMoments", "Place", "channel_matrices", "matrix_moments", "with_matrices"]
@@ -39,11 +39,10 @@ class MatrixMoments(NamedTuple):
 def channel_matrices(graph: Graph) -> dict[Place, Matrix]:
     """Every matrix of the attention and MLP stages, in execution order (identities are none)."""
     out: dict[Place, Matrix] = {}
-    for s, stage in enumerate(graph.stages):
-        if stage.kind not in CHANNEL_KINDS or stage.write is None:
-            continue
+    for s in graph.channels:
+        stage = graph.stages[s]
         out |= {(s, p.name, r): Matrix(read.map, read.bias) for p in stage.ports for r, read in enumerate(p.reads)}
-        if not isinstance(stage.write, Identity):
+        if stage.write is not None and not isinstance(stage.write, Identity):
             out[s, "write", 0] = Matrix(stage.write, stage.bias)
     return out
 

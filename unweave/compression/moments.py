@@ -128,16 +128,12 @@ def check_compressible(graph: Graph) -> None:
     Raises:
         InputError: edges are cut, or nodes are split.
     """
-    if graph.n_edges < int(graph.possible_edges.sum()):
+    if graph.is_cut:
         raise InputError("this graph has cut edges; compress the whole graph first and restrict it afterwards")
     for stage in graph.stages:
         parts = len(stage.nodes) // len(stage.ports[0].reads[0].widths) if stage.kind == "attn" else len(stage.nodes)
         if stage.kind in CHANNEL_KINDS and parts > 1:
             raise InputError(f"{stage.nodes[0]} is a part of a channel; compress first and refine the smaller graph")
-
-
-def _channels(graph: Graph) -> list[int]:
-    return [s for s, stage in enumerate(graph.stages) if stage.kind in CHANNEL_KINDS and stage.write is not None]
 
 
 @dataclass(frozen=True)
@@ -149,7 +145,7 @@ class MomentMeasure:
     def __call__(self, t: Trace, batch: Batch) -> Tally:
         real = batch.mask.to(t.graph.device)
         sums: Sums = {"real_tokens": real.sum().double(), "scoped": position_mask(self.scope, batch).sum().double()}
-        for s in _channels(t.graph):
+        for s in t.graph.channels:
             sums |= _forward_sums(t, s, real)
         return _MomentTally(t, sums)
 
@@ -209,7 +205,7 @@ def moments_from(graph: Graph, sums: Sums, samples: int) -> dict[int, ChannelMom
     """
     if float(sums["scoped"]) == 0:
         raise EmptyDataError("the scope selects no position of this data set")
-    return {s: _finish(sums, s, graph, samples) for s in _channels(graph)}
+    return {s: _finish(sums, s, graph, samples) for s in graph.channels}
 
 
 def _finish(sums: Sums, s: int, graph: Graph, samples: int) -> ChannelMoments:

@@ -126,6 +126,11 @@ class Graph:
         """Which port could hear which writer, were nothing cut."""
         return self._matrix(kept_only=False)
 
+    @cached_property
+    def is_cut(self) -> bool:
+        """Whether an edge is missing."""
+        return bool((self.possible_edges & ~self.edge_matrix).any())
+
     @property
     def n_edges(self) -> int:
         """How many edges are there."""
@@ -201,8 +206,7 @@ class Graph:
         cut = self.edge_matrix & ~wanted.cpu()
         if not bool(cut.any()):
             return self
-        already_cut = bool((self.possible_edges & ~self.edge_matrix).any())
-        if already_cut and self.resample != (ablation == "resample"):
+        if self.is_cut and self.resample != (ablation == "resample"):
             raise InputError("edges cut by resampling and edges cut to a constant cannot be mixed in one graph")
         table = check_means(self.writers, means, cut, self._stream_width) if ablation == "mean" else None
         stages = []
@@ -302,6 +306,11 @@ class Graph:
             if id(t) in tables
         )
         return sum(stage.n_parameters for stage in self.stages) - tied
+
+    @cached_property
+    def channels(self) -> tuple[int, ...]:
+        """The stages that are attention or MLPs."""
+        return tuple(s for s, t in enumerate(self.stages) if t.kind in CHANNEL_KINDS and t.write is not None)
 
     @property
     def n_channel_parameters(self) -> int:

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from unweave.ablation import batch_trace
 from unweave.data import Batch
 from unweave.errors import EmptyDataError, InputError
-from unweave.execution import check_inputs, trace
 from unweave.graph import Graph
 from unweave.scope import Scope, loss, metric, position_mask
 from unweave.statistics import accumulate, check_finite
@@ -154,7 +154,7 @@ def binomial_tail(k: int, n: int, chance: float) -> float:
 
 
 def _logits(graph: Graph, batch: Batch) -> Tensor:
-    t = trace(graph, check_inputs(graph, batch.inputs, batch.mask))
+    t = batch_trace(graph, batch)
     check_finite(t, batch)
     return t.output
 
