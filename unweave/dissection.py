@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import datetime
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,11 +13,11 @@ import numpy as np
 import torch
 from torch import nn
 
-from unweave import __version__
 from unweave.capture import capture, load_tokenizer
 from unweave.circuits import Circuit, FaithfulnessCurve, Proof, faithfulness_curve, find_circuit, prove
 from unweave.errors import InputError
 from unweave.graph import Graph
+from unweave.pipeline import edge_facts, node_facts, stamp
 from unweave.report import MAX_EDGES
 from unweave.scope import describe
 from unweave.scoring import EdgeScores, measure_edges, score_edges
@@ -118,11 +117,7 @@ def dissect(
         "task": task.name,
         "ablation": kind,
         "budget": given,
-        "seed": seed,
-        "date": datetime.date.today().isoformat(),
-        "unweave_version": __version__,
-        "torch_version": torch.__version__,
-        "wall_s": round(time.time() - started, 1),
+        **stamp(seed, started),
     }
     return Dissected(task, check, circuit, proof, curves, prediction, report)
 
@@ -245,7 +240,7 @@ def _report(
         "size_of": "edges",
         "proof": _proof(proof, curves, prediction, check),
         "predictions": prediction.points,
-        "nodes": _nodes(circuit),
+        "nodes": [node_facts(graph, circuit.scores, name) for name in graph.nodes],
         "edges": _edges(circuit, proof),
     }
 
@@ -306,42 +301,12 @@ def _proof(
     return rows
 
 
-def _nodes(circuit: Circuit) -> list[dict[str, Any]]:
-    scores, graph = circuit.scores, circuit.original
-    at = {name: i for i, name in enumerate(graph.writers)}
-    rows = []
-    for stage in graph.stages:
-        for name in stage.nodes:
-            nats, se = (None, None) if name not in at else (scores.node_nats[at[name]], scores.node_se[at[name]])
-            row = {"name": name, "kind": stage.kind, "layer": stage.layer, "ports": [p.name for p in stage.ports]}
-            rows.append(
-                row
-                | {"score_nats": None if nats is None else float(nats), "score_se": None if se is None else float(se)}
-            )
-    return rows
-
-
 def _edges(circuit: Circuit, proof: Proof) -> list[dict[str, Any]]:
     """The circuit's edges with their measured effect inside it, then the strongest of the rest."""
-    graph, own = circuit.original, proof.own_effects
-    node_at = {name: i for i, name in enumerate(graph.nodes)}
-    split = [port.rsplit(".", 1) for port in graph.ports]
-    ranked = [tuple(pair) for pair in circuit.scores.ranked().tolist()]
-    # the circuit's own, by what they are worth in it; then the others, by their score
-    ordered = sorted(ranked, key=lambda pair: -float(own.nats[pair]) if bool(circuit.kept[pair]) else 0.0)[:MAX_EDGES]
-    rows = []
-    for j, i in ordered:
-        kept = bool(circuit.kept[j, i])
-        source = own if kept else circuit.scores
-        rows.append(
-            {
-                "src": node_at[graph.writers[i]],
-                "dst": node_at[split[j][0]],
-                "port": split[j][1],
-                "nats": float(source.nats[j, i]),
-                "se": float(source.se[j, i]),
-                "measured": bool(source.measured[j, i]),
-                "kept": kept,
-            }
-        )
-    return rows
+    graph, own, scores = circuit.original, proof.own_effects, circuit.scores
+    ranked = [tuple(pair) for pair in scores.ranked().tolist()]
+    kept = sorted((pair for pair in ranked if bool(circuit.kept[pair])), key=lambda pair: -float(own.nats[pair]))
+    others = [pair for pair in ranked if not bool(circuit.kept[pair])]
+    rows = [row | {"kept": True} for row in edge_facts(graph, own, kept)]
+    rows += [row | {"kept": False} for row in edge_facts(graph, scores, others[: max(0, MAX_EDGES - len(kept))])]
+    return rows[:MAX_EDGES]

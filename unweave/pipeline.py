@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,7 @@ from unweave.statistics import collect_means
 from unweave.storage import save_graph
 from unweave.subspaces import favoured_tokens, node_subspaces, read_tokens
 
-__all__ = ["Decompiled", "decompile", "token_strings"]
+__all__ = ["Decompiled", "decompile", "edge_facts", "node_facts", "stamp", "token_strings"]
 
 CURVE_SIZES = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3)
 DIRECTIONS_SHOWN = 6
@@ -227,6 +227,13 @@ def _provenance(
         "data": data.source if isinstance(data, TokenData) else str(data or model),
         "budget": dict(budget),
         "refine_steps": steps,
+        **stamp(seed, started),
+    }
+
+
+def stamp(seed: int, started: float) -> dict[str, Any]:
+    """When, for how long and with which versions something was computed."""
+    return {
         "seed": seed,
         "date": datetime.date.today().isoformat(),
         "unweave_version": __version__,
@@ -271,7 +278,7 @@ def _report(
         "worst_tokens": _worst(faithfulness["decompiled graph"], tokens),
         "rate_distortion": [_curve_row(name, points) for name, points in curve.items()],
         "nodes": _nodes(graph, scores, moments, tokens),
-        "edges": _edges(graph, scores),
+        "edges": edge_facts(graph, scores, scores.ranked()[:MAX_EDGES].tolist()),
     }
 
 
@@ -316,27 +323,28 @@ def _worst(f: Faithfulness, tokens: list[str]) -> list[dict[str, Any]]:
     ]
 
 
+def node_facts(graph: Graph, scores: EdgeScores, node: str) -> dict[str, Any]:
+    """What a report's row says of any node."""
+    stage, _ = graph.find(node)
+    at = graph.writers.index(node) if stage.write is not None else None
+    return {
+        "name": node,
+        "kind": stage.kind,
+        "layer": stage.layer,
+        "ports": [port.name for port in stage.ports],
+        "score_nats": None if at is None else float(scores.node_nats[at]),
+        "score_se": None if at is None else float(scores.node_se[at]),
+    }
+
+
 def _nodes(
     graph: Graph, scores: EdgeScores, moments: Mapping[int, ChannelMoments], tokens: list[str]
 ) -> list[dict[str, Any]]:
     subspaces = node_subspaces(graph, moments)
-    writer_at = {name: i for i, name in enumerate(graph.writers)}
     rows = []
     for stage in graph.stages:
         for name in stage.nodes:
-            at = writer_at.get(name)
-            row: dict[str, Any] = {
-                "name": name,
-                "kind": stage.kind,
-                "layer": stage.layer,
-                "ports": [port.name for port in stage.ports],
-                "score_nats": None if at is None else float(scores.node_nats[at]),
-                "score_se": None if at is None else float(scores.node_se[at]),
-                "spectra": {},
-                "ranks": {},
-                "writes": [],
-                "reads": [],
-            }
+            row = node_facts(graph, scores, name) | {"spectra": {}, "ranks": {}, "writes": [], "reads": []}
             if len(stage.nodes) == 1:  # heads share matrices: their numbers cannot be told apart
                 row["n_parameters"] = stage.n_parameters
             for key, space in subspaces.get(name, {}).items():
@@ -367,7 +375,8 @@ def _named(pairs: list[tuple[int, float]], tokens: list[str]) -> list[list[Any]]
     return [[tokens[i], round(v, 4)] for i, v in pairs]
 
 
-def _edges(graph: Graph, scores: EdgeScores) -> list[dict[str, Any]]:
+def edge_facts(graph: Graph, scores: EdgeScores, pairs: Iterable[Sequence[int]]) -> list[dict[str, Any]]:
+    """The rows of a report for some edges, given as (port, writer)."""
     node_at = {name: i for i, name in enumerate(graph.nodes)}
     split = [port.rsplit(".", 1) for port in graph.ports]
     return [
@@ -379,5 +388,5 @@ def _edges(graph: Graph, scores: EdgeScores) -> list[dict[str, Any]]:
             "se": float(scores.se[j, i]),
             "measured": bool(scores.measured[j, i]),
         }
-        for j, i in scores.ranked()[:MAX_EDGES].tolist()
+        for j, i in pairs
     ]
