@@ -134,3 +134,11 @@ def test_the_ready_made_tasks_are_listed():
     result = invoke("circuit", "zoo:induction", "--list")
     assert result.exit_code == 0
     assert {"induction", "ioi", "quotes"} <= {line.split(":")[0] for line in result.output.splitlines()}
+
+
+def test_positions_can_be_apart_or_named():
+    found = unweave.dissect("zoo:induction", "induction", prompts=32, positions="named")
+    assert found.report["provenance"]["positions"] == "named"
+    assert "blocks.1.attn.head.1@end" in found.circuit.nodes
+    with pytest.raises(InputError, match="positions must be one of"):
+        dissect("zoo:induction", "induction", positions="nowhere")

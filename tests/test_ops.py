@@ -29,6 +29,7 @@ from unweave.ops import (
     Masked,
     Pivoted,
     Readout,
+    Repeated,
     RMSNorm,
     Rotary,
     Stacked,
@@ -59,6 +60,8 @@ LINEAR_MAPS = {
     "pivoted": (lambda: pivoted(), 3 * 4),
     "pivoted-full": (lambda: pivoted(7), 0),
     "low-rank-pivoted": (lambda: LowRank(rand(5, 3), pivoted()), 15 + 12),
+    "repeated": (lambda: Repeated(Dense(rand(5, 7)), (3, 4), 2), 35),
+    "repeated-identity": (lambda: Repeated(Identity(6), (6,), 3), 0),
     "stacked": (
         lambda: Stacked((Dense(rand(2, 7)), pivoted(), LowRank(rand(4, 1), Dense(rand(1, 7))))),
         14 + 12 + 11,

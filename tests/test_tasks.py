@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import re
@@ -832,3 +833,15 @@ def test_adding_a_template_is_one_function():
         assert len(task) == 4
     finally:
         del TEMPLATES["parity"]
+
+
+def test_named_positions_that_never_move_are_groups():
+    task = make_task("induction", vocabulary=48, n=6, length=12)
+    groups = task.position_groups()
+    assert groups["end"] == [11]
+    assert all(len(set(g)) == len(g) for g in groups.values())
+    moving = torch.zeros_like(task.data.mask)
+    moving[torch.arange(6), torch.arange(6)] = True
+    only = dataclasses.replace(task.data, labels={k: task.data.labels[k] for k in ("correct", "wrong")} | {"x": moving})
+    with pytest.raises(InputError, match="no named position"):
+        Task("moving", only, Scope(positions="x")).position_groups()

@@ -149,6 +149,9 @@ def circuit(
     level: Annotated[
         str, typer.Option(help="Choose edges, whole nodes, or parts of what heads write: edge, node, subspace.")
     ] = "edge",
+    positions: Annotated[
+        str, typer.Option(help="Take positions together, apart (edges lead from one to another), or apart where named.")
+    ] = "together",
     prompts: Annotated[int, typer.Option(help="How many prompts to make; half of them are for the proof.")] = 128,
     list_: Annotated[bool, typer.Option("--list", help="List the ready-made tasks and stop.")] = False,
     seed: Seed = 0,
@@ -169,8 +172,8 @@ def circuit(
             raise InputError(f"give --task: a .jsonl file, or one of {', '.join(list_tasks())}")
         check_destination(output, overwrite)
         budget = {"edges": edges, "kl_nats": kl_nats, "faithfulness": faithfulness}
-        options = {"ablation": ablation, "metric": metric, "level": level, "prompts": prompts, "seed": seed}
-        found = dissect(model, task, **budget, **options)  # type: ignore[arg-type]
+        options = {"ablation": ablation, "metric": metric, "level": level, "positions": positions}
+        found = dissect(model, task, prompts=prompts, seed=seed, **budget, **options)  # type: ignore[arg-type]
         found.report["provenance"]["command"] = " ".join(["unweave", *map(shlex.quote, sys.argv[1:])])
         found.save(output, overwrite=overwrite)
         write_report(found.report, output / "report.html")

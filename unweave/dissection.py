@@ -26,6 +26,8 @@ from unweave.tasks import Task, TaskCheck, check_task, list_tasks, load_task, ma
 
 __all__ = ["Dissected", "Prediction", "dissect", "predict_effects"]
 
+POSITIONS = ("together", "apart", "named")
+
 
 @dataclass(frozen=True, eq=False)
 class Dissected:
@@ -65,6 +67,7 @@ def dissect(
     metric: str = "kl",
     prompts: int = 128,
     level: str = "edge",
+    positions: str = "together",
     tokenizer: Any = None,
     batch_size: int = 16,
     seed: int = 0,
@@ -80,6 +83,9 @@ def dissect(
         ablation: by default "counterfactual" where the task has corrupted prompts, else "mean".
         metric: "kl" or "logit_difference", for tasks made or loaded here.
         prompts: how many to make.
+        level: see :func:`find_circuit`.
+        positions: "together"; "apart": an edge leads from one position to another (:meth:`Graph.unroll`), which wants
+            short prompts of one form; or "named": only positions that the task names are apart.
 
     Raises:
         InputError: the model cannot do the task better than chance, or the budget cannot be met.
@@ -100,6 +106,7 @@ def dissect(
     options: dict[str, Any] = {"batch_size": batch_size, "progress": progress}
     check = check_task(graph, task, **options)
     require_solved(check)
+    graph = _unrolled(graph, task, positions)
     kind = ablation or ("mean" if task.corrupted is None else "counterfactual")
     found, held_out = task.split(0.5, seed)
     data, test = (t.paired if kind == "counterfactual" else t.data for t in (found, held_out))
@@ -116,10 +123,21 @@ def dissect(
         "model": str(model) if isinstance(model, str | Path) else type(model).__name__,
         "task": task.name,
         "ablation": kind,
+        "level": level,
+        "positions": positions,
         "budget": given,
         **stamp(seed, started),
     }
     return Dissected(task, check, circuit, proof, curves, prediction, report)
+
+
+def _unrolled(graph: Graph, task: Task, positions: str) -> Graph:
+    if positions not in POSITIONS:
+        raise InputError(f"positions must be one of {', '.join(POSITIONS)}, got {positions!r}")
+    if positions == "together":
+        return graph
+    groups = task.position_groups() if positions == "named" else None
+    return graph.unroll(task.data.tokens.shape[1], groups)
 
 
 def _task(task: str | Path | Task, graph: Graph, tokenizer: Any, metric: Any, prompts: int, seed: int) -> Task:

@@ -19,8 +19,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from unweave.errors import InputError, ShapeError, UnknownNameError, UnweaveError
-from unweave.graph import Edge, Graph, Port, Read, Stage
-from unweave.ops import Attention, Context, Dense, Identity, LinearMap, LowRank, Norm, RMSNorm
+from unweave.graph import Edge, Graph, Port, Read, Stage, at_positions
+from unweave.ops import Attention, Context, Dense, LinearMap, LowRank, Norm, RMSNorm
 
 __all__ = ["Run", "Trace", "check_inputs", "finish_stage", "plan_of", "run", "run_stages", "trace", "uncut"]
 
@@ -205,7 +205,7 @@ def _cheapest(map_: LinearMap) -> LinearMap:
         rank = map_.left.shape[1]
         if rank * (map_.d_in + map_.d_out) < map_.d_in * map_.d_out:
             return LowRank(map_.left, Dense(map_.right.dense()))
-    return map_ if isinstance(map_, (Dense, Identity)) else Dense(map_.dense())
+    return map_ if isinstance(map_, Dense) or map_.keeps_blocks else Dense(map_.dense())
 
 
 def _pad_write(stage: Stage) -> LinearMap | None:
@@ -341,8 +341,7 @@ def _run_stage(t: Trace, s: int, hooks: _Hooks) -> None:
             )
             t.inputs[s, port.port.name], t.normed[s, port.port.name], t.reads[s, port.port.name] = x, normed, got
         reads.extend(got)
-    codes = hooks.core(t, s, tuple(reads))
-    finish_stage(t, s, codes, hooks)
+    finish_stage(t, s, hooks.core(t, s, tuple(reads)), hooks)
 
 
 def finish_stage(t: Trace, s: int, codes: Tensor, hooks: _Hooks | None = None) -> None:
@@ -376,10 +375,10 @@ def _write_sum(plan: StagePlan, codes: Float[Tensor, "batch node pos width"]) ->
 def _write_each(
     plan: StagePlan, codes: Float[Tensor, "batch node pos width"]
 ) -> Float[Tensor, "batch node pos d_model"]:
-    if isinstance(plan.write, Identity):
+    assert plan.write is not None
+    if plan.write.keeps_blocks:
         each = codes
     elif codes.shape[1] == 1:
-        assert plan.write is not None
         each = plan.write.apply(codes)
     else:
         each = codes @ plan.node_write
@@ -505,14 +504,16 @@ class _Hooks:
         return self._each_node(t, s, name, x)
 
     def core(self, t: Trace, s: int, reads: tuple[Tensor, ...]) -> Tensor:
-        core, nodes = t.plan.stages[s].stage.core, t.plan.stages[s].stage.nodes
+        stage = t.plan.stages[s].stage
+        core, nodes = stage.core, stage.nodes
         wanted = self.active and any(n + ".pattern" in self.record or n + ".pattern" in self.patch for n in nodes)
         if wanted and isinstance(core, Attention):
             pattern = self._each_node(t, s, ".pattern", core.pattern(reads[0], reads[1], t.context))
             codes = core.mix(pattern, reads[2])
         else:
             codes = core.forward(reads, t.context)
-        return self._each_node(t, s, ".code", codes) if self.active else codes
+        codes = at_positions(stage, codes)
+        return at_positions(stage, self._each_node(t, s, ".code", codes)) if self.active else codes
 
 
 # ---- the public function --------------------------------------------------------------------------------

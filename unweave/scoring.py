@@ -32,7 +32,7 @@ from unweave.ablation import Means, Replacement, batch_trace
 from unweave.data import Batch, TokenData
 from unweave.errors import EmptyDataError, InputError
 from unweave.execution import PortPlan, Trace, finish_stage, run_stages
-from unweave.graph import Edge, Graph
+from unweave.graph import Edge, Graph, at_positions
 from unweave.scope import Scope, divergence, metric, position_mask
 from unweave.statistics import (
     FisherPass,
@@ -210,7 +210,9 @@ class EdgeMeasure:
     instead: Replacement
 
     def __call__(self, t: Trace, batch: Batch) -> Tally:
-        return _EdgeTally(self.scope, batch, _Products(t, self.instead.sent(t.graph, batch, t.counterfactual), BLOCK))
+        # what writes at one position only has no products between blocks to leave out
+        block = t.context.n_pos if t.graph.is_unrolled else BLOCK
+        return _EdgeTally(self.scope, batch, _Products(t, self.instead.sent(t.graph, batch, t.counterfactual), block))
 
 
 @dataclass
@@ -252,7 +254,7 @@ class _GradientStep:
         shares = [k / self.steps for k in range(1, self.steps + 1)] if self.steps else [1.0 if signed else 0.0]
         total = []
         for share in shares:
-            t = differentiable_trace(self.graph, batch, self._mixed_embedding(share, sent[0][0]))
+            t = differentiable_trace(self.graph, batch, self._mixed_embedding(share, sent[0]))
             if signed:
                 value = metric(self.scope, t.output, batch).sum()
             else:
@@ -261,8 +263,10 @@ class _GradientStep:
         edges = torch.stack(total).mean(0)
         return _moments({"edge": edges, "node": edges.sum(1)}, self.scope, batch)
 
-    def _mixed_embedding(self, share: float, other: Float[Tensor, "#batch #pos d"]) -> Any:
-        return {self.graph.writers[0]: lambda y: other + share * (y - other)}
+    def _mixed_embedding(self, share: float, sent: Float[Tensor, "node #batch #pos d"]) -> Any:
+        """The embedding on its way from what is sent instead to what it is (its copies, if it is unrolled, alike)."""
+        nodes = self.graph.stages[0].nodes
+        return {n: lambda y, other=other: other + share * (y - other) for n, other in zip(nodes, sent, strict=True)}
 
 
 def edge_products(t: Trace, sent: list[Tensor], gradients: Gradients) -> Float[Tensor, "batch ports writers"]:
@@ -541,7 +545,7 @@ def _ablated_logits(
         for r, read in enumerate(other.reads):
             kept = t.reads[s, other.port.name][r]
             reads.append(read.apart_for(normed, nodes) if q == p else kept[:, nodes])
-    codes = plan.stage.core.for_nodes(nodes).forward(tuple(reads), t.context)
+    codes = at_positions(plan.stage, plan.stage.core.for_nodes(nodes).forward(tuple(reads), t.context), nodes)
     return _run_from(t, s, nodes, codes)
 
 

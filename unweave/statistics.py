@@ -23,8 +23,7 @@ from unweave.data import Batch, TokenData
 from unweave.errors import EmptyDataError, InputError, NonFiniteError
 from unweave.execution import Trace, check_inputs, plan_of, trace
 from unweave.files import Checkpoint
-from unweave.graph import Graph
-from unweave.ops import Identity
+from unweave.graph import Graph, Stage
 from unweave.progress import track
 from unweave.scope import Scope, fisher_cotangent
 
@@ -133,19 +132,21 @@ def collect_means(
         One forward pass over the data.
     """
 
+    by_position = per_position or graph.is_unrolled
+
     @torch.no_grad()
     def step(batch: Batch) -> Sums:
         t = trace(graph, check_inputs(graph, batch.inputs, batch.mask), keep=True)
         check_finite(t, batch)
         weight = batch.mask.to(graph.device, torch.float64)
-        out: Sums = {"tokens": weight.sum(0) if per_position else weight.sum()[None]}
+        out: Sums = {"tokens": weight.sum(0) if by_position else weight.sum()[None]}
         for s, stage in enumerate(graph.stages[:-1]):
             each = t.codes[s] if stage.post is None else t.node_writes(s)
-            kept = "t" if per_position else ""
+            kept = "t" if by_position else ""
             sums = torch.einsum(f"bntd,bt->n{kept}d", each.to(torch.float64), weight)
-            out[str(s)] = sums if per_position else sums[:, None]
+            out[str(s)] = sums if by_position else sums[:, None]
         # a batch is as long as its longest text
-        short = data.tokens.shape[1] - batch.inputs.shape[1] if per_position else 0
+        short = data.tokens.shape[1] - batch.inputs.shape[1] if by_position else 0
         return {k: F.pad(v, (0, short) if k == "tokens" else (0, 0, 0, short)) for k, v in out.items()}
 
     sums = accumulate(
@@ -160,19 +161,35 @@ def collect_means(
     tokens = sums.pop("tokens")
     means: dict[str, Tensor] = {}
     for s, stage in enumerate(graph.stages[:-1]):
-        overall = sums[str(s)].sum(1, keepdim=True) / tokens.sum()
-        mean = torch.where(tokens[None, :, None] > 0, sums[str(s)] / tokens.clamp(min=1)[None, :, None], overall)
+        mean = _means(sums[str(s)], tokens, stage, per_position)
         if stage.post is None:
             mean = _write_means(graph, s, mean)
         means |= {name: mean[i].float().to(graph.device) for i, name in enumerate(stage.nodes)}
     return means
 
 
+def _means(
+    sums: Float[Tensor, "nodes #pos width"], tokens: Float[Tensor, " pos"], stage: Stage, per_position: bool
+) -> Float[Tensor, "nodes #pos width"]:
+    """Means over the positions where a node writes, or at each; positions that no text reaches get the former."""
+    if stage.positions is None:
+        overall = sums.sum(1, keepdim=True) / tokens.sum()
+        where = None
+    else:
+        where = stage.positions[:, : len(tokens)].to(tokens)
+        overall = sums.sum(1, keepdim=True) / (where @ tokens).clamp(min=1)[:, None, None]
+    if per_position:
+        mean = torch.where(tokens[None, :, None] > 0, sums / tokens.clamp(min=1)[None, :, None], overall)
+    else:
+        mean = overall
+    return mean if where is None else mean * where[:, :, None]
+
+
 def _write_means(graph: Graph, s: int, codes: Float[Tensor, "nodes #pos width"]) -> Float[Tensor, "nodes #pos d_model"]:
     """What the nodes of stage s write at these codes, in the codes' precision."""
     plan = plan_of(graph).stages[s]
     assert plan.write is not None
-    return codes if isinstance(plan.write, Identity) else codes @ plan.node_write.to(codes)
+    return codes if plan.write.keeps_blocks else codes @ plan.node_write.to(codes)
 
 
 def replacement(
@@ -279,16 +296,19 @@ class FisherPass:
 def differentiable_trace(graph: Graph, batch: Batch, patch: Any = None, other: Trace | None = None) -> Trace:
     """A kept run whose reads can be differentiated, though no weight asks for gradients (``other``: as
     in :func:`batch_trace`)."""
-    first = graph.writers[0]
-    inner = (patch or {}).get(first, lambda y: y)
-    context = check_inputs(graph, batch.inputs, batch.mask)
+    context, given = check_inputs(graph, batch.inputs, batch.mask), patch or {}
     with torch.enable_grad():
         if graph.resample:
             other = other or counterfactual_trace(graph, batch)
-        patch = {first: lambda y: inner(y).detach().requires_grad_()}
-        t = trace(graph, context, keep=True, patch=patch, counterfactual=other if graph.resample else None)
+        first = {n: _leaf(given.get(n)) for n in graph.stages[0].nodes}
+        t = trace(graph, context, keep=True, patch=first, counterfactual=other if graph.resample else None)
     check_finite(t, batch)
     return t
+
+
+def _leaf(inner: Callable[[Tensor], Tensor] | None) -> Callable[[Tensor], Tensor]:
+    """A patch that makes a value the start of differentiation, after another patch."""
+    return lambda y: (y if inner is None else inner(y)).detach().requires_grad_()
 
 
 def gradients_of(t: Trace, output: Tensor, cotangent: Tensor | None = None, *, retain: bool = False) -> Gradients:

@@ -2,5 +2,6 @@
 
 from unweave.graph.graph import CHANNEL_KINDS, Ablation, Graph
 from unweave.graph.parts import Edge, Port, Read, Stage
+from unweave.graph.unrolling import at_positions
 
-__all__ = ["CHANNEL_KINDS", "Ablation", "Edge", "Graph", "Port", "Read", "Stage"]
+__all__ = ["CHANNEL_KINDS", "Ablation", "Edge", "Graph", "Port", "Read", "Stage", "at_positions"]

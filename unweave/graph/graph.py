@@ -22,6 +22,7 @@ from unweave.errors import GraphError, InputError, UnknownNameError
 from unweave.graph.cutting import check_means, cut_stage
 from unweave.graph.parts import Edge, Port, Stage
 from unweave.graph.splitting import Parts, part_names, read_parts, split_stage, split_writers
+from unweave.graph.unrolling import copy_names, listening, meet, read_groups, unroll_stage, unroll_writers
 from unweave.ops import Attention
 
 __all__ = ["CHANNEL_KINDS", "Ablation", "Graph"]
@@ -112,8 +113,10 @@ class Graph:
         for s, stage in enumerate(self.stages):
             for port in stage.ports:
                 row = self.port_starts[s, port.name]
+                heard = [t for t in self.stages[slice(*stage.visible)] if t.write is not None]
+                meets = meet(listening(stage, port), [t.positions for t in heard], [len(t.nodes) for t in heard])
                 kept = port.edges.cpu() if kept_only and port.edges is not None else True
-                out[row : row + len(stage.nodes), self.visible_writers(s)] = kept
+                out[row : row + len(stage.nodes), self.visible_writers(s)] = meets & kept
         return out
 
     @cached_property
@@ -130,6 +133,11 @@ class Graph:
     def is_cut(self) -> bool:
         """Whether an edge is missing."""
         return bool((self.possible_edges & ~self.edge_matrix).any())
+
+    @property
+    def is_unrolled(self) -> bool:
+        """Whether its nodes write at some positions only, see :meth:`unroll`."""
+        return any(stage.positions is not None for stage in self.stages)
 
     @property
     def n_edges(self) -> int:
@@ -166,7 +174,10 @@ class Graph:
             out[port_at[port], writer_at[edge.src]] = True
         if bool((out & ~self.possible_edges).any()):
             wrong = self.name_edges(out & ~self.possible_edges)[0]
-            raise InputError(f"no such edge: {wrong}; {wrong.dst} does not come after {wrong.src}")
+            why = "does not come after" if "@" not in wrong.src else "does not come after, or never listens where"
+            raise InputError(
+                f"no such edge: {wrong}; {wrong.dst} {why} {wrong.src}{' writes' if '@' in wrong.src else ''}"
+            )
         return out
 
     # ---- verbs -----------------------------------------------------------------------------------------
@@ -279,6 +290,46 @@ class Graph:
             stages.append(split_writers(stage, [counts[n] for n in self.writers[self.visible_writers(s)]]))
         modules = {part: module for n, module in self.modules.items() for part in part_names(n, counts[n])}
         return dataclasses.replace(self, stages=tuple(stages), modules=modules)
+
+    def unroll(self, n_pos: int, groups: Mapping[str, Iterable[int]] | None = None) -> Graph:
+        """Split nodes by position: an edge then leads from one position to another, and a circuit is positional.
+
+        The copy ``NODE@p`` hears what the node heard and writes at position p alone (or at the positions of group p),
+        so that the copies together write what the node wrote: the function is unchanged on inputs of up to ``n_pos``
+        positions. An edge ``A@p->B@q.v`` carries what A writes at p to what B writes at q; only those exist that can
+        carry anything: p = q into queries and MLPs, p up to q into keys and values. The output stays whole.
+
+        Args:
+            n_pos: how many positions inputs have at most.
+            groups: positions that are taken together, by name; those in none are the group "rest". By default every
+                position is apart.
+
+        Raises:
+            InputError: groups that overlap or reach too far, or a graph that is unrolled already.
+
+        Cost:
+            A run of the graph, once it is cut, grows with the number of groups: for short prompts, or few groups.
+
+        Exact?
+            Yes, up to floating-point summation order.
+
+        Example:
+            >>> import unweave
+            >>> graph = unweave.capture("zoo:induction").unroll(8, {"end": [7]})
+            >>> [n for n in graph.nodes if n.startswith("blocks.1.attn.head.0")]
+            ['blocks.1.attn.head.0@end', 'blocks.1.attn.head.0@rest']
+
+        Source:
+            Positional circuits: Haklay et al. 2025, "Position-aware Automatic Circuit Discovery".
+        """
+        limit = self.info.get("n_ctx")
+        if limit is not None and n_pos > limit:
+            raise InputError(f"n_pos is {n_pos} and the model's context only {limit}")
+        marks = read_groups(n_pos, groups)
+        stages = tuple(unroll_writers(unroll_stage(stage, marks), len(marks)) for stage in self.stages)
+        names = {n: [n] if self.find(n)[0].write is None else copy_names(n, marks) for n in self.nodes}
+        modules = {copy: module for n, module in self.modules.items() for copy in names[n]}
+        return dataclasses.replace(self, stages=stages, modules=modules, info={**self.info, "n_ctx": n_pos})
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Graph:
         """The graph on another device or in another precision (integers and rotary frequencies keep theirs)."""

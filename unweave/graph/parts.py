@@ -99,6 +99,7 @@ class Stage:
         bias: a constant added to the stream once for the whole stage. It reaches every later port whatever
             is cut: a constant carries no information.
         post: a normalisation of the summed writes (Gemma); its scale couples the nodes of the stage.
+        positions: where each node writes, after :meth:`Graph.unroll`; None where all write everywhere.
     """
 
     nodes: tuple[str, ...]
@@ -111,6 +112,7 @@ class Stage:
     visible: tuple[int, int]
     bias: Float[Tensor, " d_model"] | None = None
     post: Norm | None = None
+    positions: Bool[Tensor, "nodes pos"] | None = None
 
     @cached_property
     def n_parameters(self) -> int:

@@ -48,9 +48,11 @@ def split_stage(stage: Stage, parts: Mapping[int, Parts]) -> Stage:
         raise InputError(f"all heads beside {stage.nodes[0]} must be split into equally many parts, got {counts}")
     starts = list(accumulate(stage.code_widths, initial=0))
     order = [starts[i] + c for i, node in enumerate(per_node) for part in node for c in part]
-    core = stage.core
+    core, positions = stage.core, stage.positions
     if isinstance(core, Attention):
         core = dataclasses.replace(core, n_heads=sum(counts))
+    if positions is not None:
+        positions = positions.repeat_interleave(torch.tensor(counts, device=positions.device), 0)
     return dataclasses.replace(
         stage,
         nodes=tuple(n for name, p in zip(stage.nodes, per_node, strict=True) for n in part_names(name, len(p))),
@@ -58,6 +60,7 @@ def split_stage(stage: Stage, parts: Mapping[int, Parts]) -> Stage:
         core=core,
         write=_pick_inputs(stage.write, order),
         code_widths=tuple(len(part) for node in per_node for part in node),
+        positions=positions,
     )
 
 

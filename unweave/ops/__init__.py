@@ -1,7 +1,7 @@
 """What nodes compute: a stage reads the stream through norms and linear maps, a core mixes, a linear map writes."""
 
 from unweave.ops.cores import ACTIVATIONS, Activation, Attention, Context, Core, FloatInput, Lookup, Readout, Rotary
-from unweave.ops.linear import Dense, Identity, LinearMap, LowRank, Masked, Pivoted, Stacked, mask_numbers
+from unweave.ops.linear import Dense, Identity, LinearMap, LowRank, Masked, Pivoted, Repeated, Stacked, mask_numbers
 from unweave.ops.norms import LayerNorm, Norm, RMSNorm
 
 __all__ = [
@@ -23,6 +23,7 @@ __all__ = [
     "RMSNorm",
     "Readout",
     "Rotary",
+    "Repeated",
     "Stacked",
     "mask_numbers",
 ]

@@ -17,7 +17,7 @@ from torch import Tensor
 from unweave import tree
 from unweave.errors import ShapeError
 
-__all__ = ["Dense", "Identity", "LinearMap", "LowRank", "Masked", "Pivoted", "Stacked", "mask_numbers"]
+__all__ = ["Dense", "Identity", "LinearMap", "LowRank", "Masked", "Pivoted", "Repeated", "Stacked", "mask_numbers"]
 
 BITS_PER_NUMBER = 32
 
@@ -49,6 +49,11 @@ class LinearMap(ABC):
     def n_multiplications(self) -> int:
         """Multiply-adds per application to one vector; the stored numbers, unless a map says otherwise."""
         return self.n_parameters
+
+    @property
+    def keeps_blocks(self) -> bool:
+        """Whether what comes out is the sum of the blocks of inputs as they are."""
+        return False
 
 
 def _pick_rows(weight: Shaped[Tensor, "rows cols"], index: Int[Tensor, " n"]) -> Shaped[Tensor, "n cols"]:
@@ -112,6 +117,10 @@ class Identity(LinearMap):
     @property
     def n_parameters(self) -> int:
         return 0
+
+    @property
+    def keeps_blocks(self) -> bool:
+        return True
 
 
 @tree.register
@@ -265,3 +274,41 @@ class Stacked(LinearMap):
     @property
     def n_parameters(self) -> int:
         return sum(m.n_parameters for m in self.maps)
+
+
+@tree.register
+@dataclass(frozen=True, eq=False)
+class Repeated(LinearMap):
+    """The map of sums: each block of its inputs comes ``times`` times, one copy after the other, and copies add up."""
+
+    map: LinearMap
+    widths: tuple[int, ...]
+    times: int
+
+    @property
+    def d_in(self) -> int:  # type: ignore[override]
+        return self.map.d_in * self.times
+
+    @property
+    def d_out(self) -> int:  # type: ignore[override]
+        return self.map.d_out
+
+    def apply(self, x: Float[Tensor, "... d_in"]) -> Float[Tensor, "... d_out"]:
+        blocks = x.split([w * self.times for w in self.widths], dim=-1)
+        sums = [b.unflatten(-1, (self.times, -1)).sum(-2) for b in blocks]
+        return self.map.apply(torch.cat(sums, dim=-1))
+
+    def dense(self) -> Float[Tensor, "d_out d_in"]:
+        blocks = self.map.dense().split(list(self.widths), dim=1)
+        return torch.cat([b.repeat(1, self.times) for b in blocks], dim=1)
+
+    def select_outputs(self, index: Int[Tensor, " n"]) -> LinearMap:
+        return Repeated(self.map.select_outputs(index), self.widths, self.times)
+
+    @property
+    def n_parameters(self) -> int:
+        return self.map.n_parameters
+
+    @property
+    def keeps_blocks(self) -> bool:
+        return self.map.keeps_blocks and len(self.widths) == 1

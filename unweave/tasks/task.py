@@ -129,6 +129,31 @@ class Task:
             n for n, v in self.data.labels.items() if v.dtype == torch.bool and v.shape == self.data.mask.shape
         )
 
+    def position_groups(self) -> dict[str, list[int]]:
+        """The named positions that are the same in every prompt, for :meth:`Graph.unroll`; the first name counts.
+
+        Raises:
+            InputError: no name stands for the same positions in every prompt.
+
+        Example:
+            >>> from unweave.tasks import make_task
+            >>> make_task("induction", vocabulary=48, n=4, length=12).position_groups()["end"]
+            [11]
+        """
+        groups: dict[str, list[int]] = {}
+        taken = torch.zeros(self.data.mask.shape[1], dtype=torch.bool)
+        for name in self.positions:
+            marks = self.data.labels[name]
+            if bool((marks == marks[0]).all()) and bool((marks[0] & ~taken).any()):
+                groups[name] = (marks[0] & ~taken).nonzero()[:, 0].tolist()
+                taken |= marks[0]
+        if not groups:
+            raise InputError(
+                f"no named position of the task {self.name!r} is the same in every prompt; unroll every position, or "
+                "select prompts of one form"
+            )
+        return groups
+
     @property
     def changed(self) -> Bool[Tensor, "n pos"]:
         """Where clean and corrupted prompts differ: nowhere, if there are none."""
