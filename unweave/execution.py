@@ -174,6 +174,9 @@ def _plan_port(stage: Stage, port: Port) -> PortPlan:
     key = edges.to(torch.float32)
     if port.offset is not None:
         key = torch.cat([key, port.offset.flatten(1).float()], dim=1)
+    if port.wires is not None:  # what a node hears over its wires is its own
+        own = torch.zeros(n, 1, device=device).index_fill_(0, port.wires.nodes, 1.0)
+        key = torch.cat([key, own * torch.arange(1, n + 1, device=device)[:, None]], dim=1)
     _, alike = torch.unique(key, dim=0, return_inverse=True)
     if port.offset is not None and port.offset.requires_grad:
         alike = torch.arange(n, device=device)  # constants that are equal now train apart
@@ -399,10 +402,24 @@ def _hear(t: Trace, plan: StagePlan) -> list[Float[Tensor, "batch row pos d_mode
     if plan.table is not None:
         sums = iter(_cut_sums(t, lo, hi, plan.table, everything).split(list(plan.rows), dim=1))
         heard = [everything if port.table is None else next(sums) for port in plan.ports]
-    return [
+    heard = [
         x if port.offset is None else x + _at_positions(port.offset, x.shape[2]).to(x.dtype)
         for port, x in zip(plan.ports, heard, strict=True)
     ]
+    return [_add_wires(t, lo, hi, port, x) for port, x in zip(plan.ports, heard, strict=True)]
+
+
+def _add_wires(
+    t: Trace, lo: int, hi: int, port: PortPlan, x: Float[Tensor, "batch row pos d"]
+) -> Float[Tensor, "batch row pos d"]:
+    """What comes over edges that carry some dimensions only."""
+    wires = port.port.wires
+    if wires is None:
+        return x
+    sent = t.written(lo, hi)[:, wires.writers]
+    if t.counterfactual is not None:
+        sent = sent - t.counterfactual.written(lo, hi)[:, wires.writers]
+    return x.index_add(1, port.row_of[wires.nodes], wires.carry(sent))
 
 
 def _cut_sums(
@@ -590,10 +607,11 @@ def run(
 
 def uncut(graph: Graph) -> Graph:
     """The graph with every edge restored and every constant removed; the graph itself where nothing was cut."""
-    if not graph.resample and all(p.edges is None and p.offset is None for s in graph.stages for p in s.ports):
+    if not graph.resample and not any(p.is_cut for s in graph.stages for p in s.ports):
         return graph
+    whole = {"edges": None, "offset": None, "wires": None}
     stages = tuple(
-        dataclasses.replace(s, ports=tuple(dataclasses.replace(p, edges=None, offset=None) for p in s.ports))
+        dataclasses.replace(s, ports=tuple(dataclasses.replace(p, **whole) for p in s.ports))  # type: ignore[arg-type]
         for s in graph.stages
     )
     return dataclasses.replace(graph, stages=stages, resample=False)

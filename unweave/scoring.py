@@ -32,7 +32,7 @@ from unweave.ablation import Means, Replacement, batch_trace
 from unweave.data import Batch, TokenData
 from unweave.errors import EmptyDataError, InputError
 from unweave.execution import PortPlan, Trace, finish_stage, run_stages
-from unweave.graph import Edge, Graph, at_positions
+from unweave.graph import Edge, Graph, Port, at_positions
 from unweave.scope import Scope, divergence, metric, position_mask
 from unweave.statistics import (
     FisherPass,
@@ -180,6 +180,8 @@ def score_edges(
     """
     if method not in METHODS:
         raise InputError(f"unknown method {method!r}; known: {', '.join(METHODS)}")
+    if graph.is_narrow and method != "exact":
+        raise InputError('edges of this graph carry only some dimensions: measure them with method="exact"')
     if samples < 1 or steps < 1 or measure_top < 0:
         raise InputError("samples and steps must be at least 1 and measure_top at least 0")
     scope = scope or Scope()
@@ -538,7 +540,7 @@ def _ablated_logits(
     replaced = torch.cat([values.expand(shape) for values in sent[slice(*plan.stage.visible)]])[writers]
     x = t.inputs[s, name]
     x = x if x.shape[1] == 1 else x[:, port.row_of[nodes] if x.shape[1] <= int(port.row_of.max()) + 1 else nodes]
-    x = x - heard + rearrange(replaced, "k b t d -> b k t d").to(heard)
+    x = x + _carried(port.port, rearrange(replaced, "k b t d -> b k t d").to(heard) - heard, nodes, writers)
     normed = port.port.norm.apply(x) if port.port.norm is not None else x
     reads = []
     for q, other in enumerate(plan.ports):
@@ -547,6 +549,20 @@ def _ablated_logits(
             reads.append(read.apart_for(normed, nodes) if q == p else kept[:, nodes])
     codes = at_positions(plan.stage, plan.stage.core.for_nodes(nodes).forward(tuple(reads), t.context), nodes)
     return _run_from(t, s, nodes, codes)
+
+
+def _carried(
+    port: Port, change: Float[Tensor, "batch copies pos d"], nodes: Tensor, writers: Tensor
+) -> Float[Tensor, "batch copies pos d"]:
+    """The part of a change in what a writer writes that reaches the node: all of it, or what a narrow edge carries."""
+    wires = port.wires
+    if wires is None:
+        return change
+    same = (nodes[:, None] == wires.nodes) & (writers[:, None] == wires.writers)
+    narrow, which = same.nonzero(as_tuple=True)
+    if len(narrow) == 0:
+        return change
+    return change.index_copy(1, narrow, change[:, narrow] @ wires.right[which].mT @ wires.left[which].mT)
 
 
 def _run_from(t: Trace, s: int, nodes: Tensor, codes: Float[Tensor, "batch copies pos width"]) -> Tensor:

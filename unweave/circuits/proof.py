@@ -136,7 +136,7 @@ def prove(
         graphs[f"random {i}"] = cut(_random_edges(whole, circuit.n_edges, generator))
     for i in range(n_subsets):
         gone = circuit.kept & (torch.rand(circuit.kept.shape, generator=generator) < (i + 0.5) / n_subsets)
-        graphs[f"circuit without {i}"] = cut(circuit.kept & ~gone)
+        graphs[f"circuit without {i}"] = circuit.instead.cut(circuit.graph, circuit.kept & ~gone)
         graphs[f"whole without {i}"] = cut(whole.edge_matrix & ~gone)
     measured = per_prompt(graphs, whole, data, circuit.scope, description="proving the circuit", **options)
     own = measure_edges(circuit.graph, data, circuit.scope, circuit.kept, circuit.instead, **options)

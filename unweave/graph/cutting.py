@@ -10,6 +10,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from unweave.errors import InputError
+from unweave.graph.narrowing import drop_wires
 from unweave.graph.parts import Stage
 
 __all__ = ["check_means", "cut_stage"]
@@ -51,10 +52,11 @@ def cut_stage(
         if not bool(gone.any()):
             ports.append(port)
             continue
-        edges = ~gone if port.edges is None else port.edges.cpu() & ~gone
-        offset = port.offset
-        if means is not None:
-            offset = _add_constants(offset, gone, [means.get(n) for n in writers])
+        port = drop_wires(port, gone, writers, means)
+        heard = ~torch.zeros_like(gone) if port.edges is None else port.edges.cpu()
+        edges, offset = heard & ~gone, port.offset
+        if means is not None and bool((whole := gone & heard).any()):
+            offset = _add_constants(offset, whole, [means.get(n) for n in writers])
         ports.append(dataclasses.replace(port, edges=edges.to(stage.device), offset=offset))
     return dataclasses.replace(stage, ports=tuple(ports))
 

@@ -20,6 +20,7 @@ from torch import Tensor
 from unweave import tree
 from unweave.errors import GraphError, InputError, UnknownNameError
 from unweave.graph.cutting import check_means, cut_stage
+from unweave.graph.narrowing import add_wires, check_factors
 from unweave.graph.parts import Edge, Port, Stage
 from unweave.graph.splitting import Parts, part_names, read_parts, split_stage, split_writers
 from unweave.graph.unrolling import copy_names, listening, meet, read_groups, unroll_stage, unroll_writers
@@ -115,7 +116,7 @@ class Graph:
                 row = self.port_starts[s, port.name]
                 heard = [t for t in self.stages[slice(*stage.visible)] if t.write is not None]
                 meets = meet(listening(stage, port), [t.positions for t in heard], [len(t.nodes) for t in heard])
-                kept = port.edges.cpu() if kept_only and port.edges is not None else True
+                kept = port.kept(sum(len(t.nodes) for t in heard), len(stage.nodes)) if kept_only else True
                 out[row : row + len(stage.nodes), self.visible_writers(s)] = meets & kept
         return out
 
@@ -131,8 +132,13 @@ class Graph:
 
     @cached_property
     def is_cut(self) -> bool:
-        """Whether an edge is missing."""
-        return bool((self.possible_edges & ~self.edge_matrix).any())
+        """Whether an edge is missing, or carries only some dimensions."""
+        return self.is_narrow or bool((self.possible_edges & ~self.edge_matrix).any())
+
+    @cached_property
+    def is_narrow(self) -> bool:
+        """Whether an edge carries only some dimensions, see :meth:`narrow`."""
+        return any(port.wires is not None for stage in self.stages for port in stage.ports)
 
     @property
     def is_unrolled(self) -> bool:
@@ -228,6 +234,70 @@ class Graph:
             stages.append(cut_stage(stage, gone, self.writers[heard], table))
         return dataclasses.replace(self, stages=tuple(stages), resample=ablation == "resample")
 
+    def narrow(
+        self,
+        projections: Mapping[Edge | str, tuple[Float[Tensor, "d_model k"], Float[Tensor, "k d_model"]]],
+        *,
+        ablation: Ablation = "mean",
+        means: Mapping[str, Float[Tensor, "#pos d_model"]] | None = None,
+    ) -> Graph:
+        """Let edges carry k dimensions only: port j then hears r_i + L R (y_i - r_i) instead of y_i.
+
+        r_i is what a cut edge would carry (see :meth:`restrict`), L R a projection; k = d_model with L R = 1 is the
+        whole edge, k = 0 the cut one.
+
+        Args:
+            projections: (L, R) by edge; :func:`unweave.circuits.narrow_circuit` finds good ones.
+            ablation, means: what replaces the rest, as in :meth:`restrict`; one kind in one graph.
+
+        Raises:
+            InputError: an edge that is cut or narrow already, factors of a wrong shape or not finite, missing means.
+            UnknownNameError: an edge names an unknown node or port.
+
+        Example:
+            >>> import torch, unweave
+            >>> graph = unweave.capture("zoo:induction")
+            >>> first = torch.eye(64)[:, :3]
+            >>> graph.narrow({"embed->blocks.0.attn.head.0.v": (first, first.T)}, ablation="zero").n_edges
+            42
+        """
+        edges = [Edge.parse(e) if isinstance(e, str) else e for e in projections]
+        marked = self.mark_edges(edges)
+        if bool((marked & ~self.edge_matrix).any()):
+            raise InputError(f"{self.name_edges(marked & ~self.edge_matrix)[0]} is cut and carries nothing to narrow")
+        if bool((marked & self._narrow_edges).any()):
+            raise InputError(f"{self.name_edges(marked & self._narrow_edges)[0]} is narrow already")
+        factors = [
+            check_factors(e, *f, self._stream_width(e.src)) for e, f in zip(edges, projections.values(), strict=True)
+        ]
+        cut = self.restrict(self.edge_matrix & ~marked, ablation=ablation, means=means)
+        given = means if ablation == "mean" else None
+        stages = list(cut.stages)
+        for (s, name), places in self._by_port(edges).items():
+            writers = self.writers[self.visible_writers(s)]
+            wires = [(*place, *factors[number]) for number, place in places]
+            stages[s] = add_wires(stages[s], name, wires, writers, given)
+        return dataclasses.replace(cut, stages=tuple(stages))
+
+    @cached_property
+    def _narrow_edges(self) -> Bool[Tensor, "ports writers"]:
+        out = torch.zeros(len(self.ports), len(self.writers), dtype=torch.bool)
+        for s, stage in enumerate(self.stages):
+            for port in stage.ports:
+                if port.wires is not None:
+                    row, column = self.port_starts[s, port.name], self.visible_writers(s).start
+                    out[row + port.wires.nodes.cpu(), column + port.wires.writers.cpu()] = True
+        return out
+
+    def _by_port(self, edges: Sequence[Edge]) -> dict[tuple[int, str], list[tuple[int, tuple[int, int]]]]:
+        """By (stage, port): the number of each edge and its place (node of the stage, writer among the visible)."""
+        at = {name: i for i, name in enumerate(self.writers)}
+        out: dict[tuple[int, str], list[tuple[int, tuple[int, int]]]] = {}
+        for number, edge in enumerate(edges):
+            s, node = self.where[edge.dst]
+            out.setdefault((s, edge.port), []).append((number, (node, at[edge.src] - self.visible_writers(s).start)))
+        return out
+
     def _stream_width(self, writer: str) -> int:
         write = self.find(writer)[0].write
         assert write is not None
@@ -279,6 +349,8 @@ class Graph:
             >>> [n for n in finer.nodes if "mlp" in n][:2]
             ['blocks.0.mlp.part.0', 'blocks.0.mlp.part.1']
         """
+        if self.is_narrow:
+            raise InputError("edges of this graph carry only some dimensions; refine the graph before it is narrowed")
         wanted: dict[int, dict[int, Parts]] = {}
         for node, given in parts.items():
             stage, i = self.find(node)
@@ -322,6 +394,8 @@ class Graph:
         Source:
             Positional circuits: Haklay et al. 2025, "Position-aware Automatic Circuit Discovery".
         """
+        if self.is_narrow:
+            raise InputError("edges of this graph carry only some dimensions; unroll the graph before it is narrowed")
         limit = self.info.get("n_ctx")
         if limit is not None and n_pos > limit:
             raise InputError(f"n_pos is {n_pos} and the model's context only {limit}")
@@ -462,6 +536,14 @@ class Graph:
                 port.offset.ndim == 3 and port.offset.shape[::2] == (n, width),
                 f"port {port.name}: a wrong offset shape",
             )
+        if port.wires is not None:
+            w, e = port.wires, len(port.wires.nodes)
+            fits = w.writers.shape == (e,) and w.left.shape == (e, width, w.right.shape[1])
+            fits = fits and w.right.shape[::2] == (e, width) and e > 0
+            check(fits, f"port {port.name}: wires of wrong shapes")
+            inside = 0 <= int(w.nodes.min()) <= int(w.nodes.max()) < n and int(w.writers.min()) >= 0
+            inside = inside and int(w.writers.max()) < writers.stop - writers.start
+            check(inside, f"port {port.name}: wires from or to nodes that are not there")
 
 
 def _stage_title(stage: Stage) -> str:

@@ -6,14 +6,14 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from unweave import tree
 from unweave.errors import InputError
 from unweave.ops import Attention, Core, LinearMap, Norm
 
-__all__ = ["Edge", "Port", "Read", "Stage"]
+__all__ = ["Edge", "Port", "Read", "Stage", "Wires"]
 
 
 @dataclass(frozen=True, order=True)
@@ -64,6 +64,40 @@ class Read:
 
 @tree.register
 @dataclass(frozen=True, eq=False)
+class Wires:
+    """Edges of a port that carry k dimensions: the node hears r + left right (y - r) of what a writer writes, y.
+
+    r is what an ablated edge carries. Edges that carry fewer than the widest of the port are padded with zeros.
+
+    Attributes:
+        nodes: the place of each edge's reader in the stage.
+        writers: the place of each edge's writer among those visible.
+        left, right: the two factors of each projection.
+    """
+
+    nodes: Int[Tensor, " edges"]
+    writers: Int[Tensor, " edges"]
+    left: Float[Tensor, "edges d_model k"]
+    right: Float[Tensor, "edges k d_model"]
+
+    def carry(self, sent: Float[Tensor, "batch edges pos d_model"]) -> Float[Tensor, "batch edges pos d_model"]:
+        """The projection of what each edge is given."""
+        return sent @ self.right.mT @ self.left.mT
+
+    def select(self, which: Bool[Tensor, " edges"]) -> Wires | None:
+        """Some of the edges; None if none."""
+        if not bool(which.any()):
+            return None
+        return Wires(self.nodes[which], self.writers[which], self.left[which], self.right[which])
+
+    @property
+    def n_dimensions(self) -> Int[Tensor, " edges"]:
+        """How many dimensions each edge carries."""
+        return (self.right != 0).any(-1).sum(-1)
+
+
+@tree.register
+@dataclass(frozen=True, eq=False)
 class Port:
     """One way in which the nodes of a stage read: x = sum of the writers heard + offset; reads of norm(x).
 
@@ -73,6 +107,7 @@ class Port:
         norm: the normalisation in front, or None.
         edges: which visible writer each node hears; None when all hear all.
         offset: the constant left in place of cut edges, one per node, for all positions or for each.
+        wires: edges that carry only some dimensions, after :meth:`Graph.narrow`; ``edges`` counts them as cut.
     """
 
     name: str
@@ -80,6 +115,19 @@ class Port:
     norm: Norm | None = None
     edges: Bool[Tensor, "nodes writers"] | None = None
     offset: Float[Tensor, "nodes #pos d_model"] | None = None
+    wires: Wires | None = None
+
+    @property
+    def is_cut(self) -> bool:
+        """Whether something was cut or left in place of it."""
+        return self.edges is not None or self.offset is not None or self.wires is not None
+
+    def kept(self, n_writers: int, n_nodes: int) -> Bool[Tensor, "nodes writers"]:
+        """Which writers each node hears, in whole or in part."""
+        marked = torch.ones(n_nodes, n_writers, dtype=torch.bool) if self.edges is None else self.edges.cpu().clone()
+        if self.wires is not None:
+            marked[self.wires.nodes.cpu(), self.wires.writers.cpu()] = True
+        return marked
 
 
 @tree.register
@@ -119,6 +167,7 @@ class Stage:
         """Stored numbers: maps, biases, norms, tables; constants left by cut edges are not counted."""
         maps = [read.map.n_parameters for port in self.ports for read in port.reads]
         loose = [read.bias for port in self.ports for read in port.reads] + [self.bias]
+        loose += [t for port in self.ports if port.wires is not None for t in (port.wires.left, port.wires.right)]
         norms = tree.tensors([port.norm for port in self.ports]).values()  # ports that share a norm count it once
         return (
             sum(maps)
