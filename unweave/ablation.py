@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from einops import rearrange
@@ -14,7 +15,7 @@ from torch import Tensor
 from unweave.data import Batch, TokenData
 from unweave.errors import InputError, ShapeError
 from unweave.execution import Trace, check_inputs, trace, uncut
-from unweave.graph import Graph
+from unweave.graph import Edge, Graph
 
 __all__ = [
     "CORRUPTED",
@@ -48,11 +49,17 @@ class Replacement:
 
     def cut(self, graph: Graph, keep: Bool[Tensor, "ports writers"]) -> Graph:
         """The graph with the edges not in ``keep`` ablated."""
+        return graph.restrict(keep, ablation=self._verb, means=self.means)
+
+    def narrow(self, graph: Graph, projections: Mapping[Edge | str, tuple[Tensor, Tensor]]) -> Graph:
+        """The graph with edges that carry a few dimensions, the rest of each ablated."""
+        return graph.narrow(projections, ablation=self._verb, means=self.means)
+
+    @property
+    def _verb(self) -> Literal["mean", "zero", "resample"]:
         if self.kind == "zero":
-            return graph.restrict(keep, ablation="zero")
-        if self.means is not None:
-            return graph.restrict(keep, means=self.means)
-        return graph.restrict(keep, ablation="resample")
+            return "zero"
+        return "resample" if self.means is None else "mean"
 
     def paired(self, data: TokenData, seed: int = 0) -> TokenData:
         """The data with the partners that this kind draws; what a circuit cut by it has to be run on."""

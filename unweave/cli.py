@@ -147,7 +147,8 @@ def circuit(
     ] = None,
     metric: Annotated[str, typer.Option(help="kl or logit_difference.")] = "kl",
     level: Annotated[
-        str, typer.Option(help="Choose edges, whole nodes, or parts of what heads write: edge, node, subspace.")
+        str,
+        typer.Option(help="Choose edges, whole nodes, or how many dimensions each edge keeps: edge, node, subspace."),
     ] = "edge",
     positions: Annotated[
         str, typer.Option(help="Take positions together, apart (edges lead from one to another), or apart where named.")

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -53,6 +53,7 @@ __all__ = [
     "calibrate",
     "edge_products",
     "measure_edges",
+    "port_gradients",
     "score_edges",
     "scores_from",
 ]
@@ -277,6 +278,17 @@ def edge_products(t: Trace, sent: list[Tensor], gradients: Gradients) -> Float[T
     return _Products(t, sent, t.context.n_pos)(gradients, cut_too=True).sum(1)
 
 
+def port_gradients(t: Trace) -> Callable[[int, str, Gradients], Float[Tensor, "node batch pos d_model"]]:
+    """A function of (stage, port, gradients): the gradient at what each node of the port hears."""
+    products = _Products(t, [], t.context.n_pos, [])
+
+    def of(s: int, name: str, gradients: Gradients) -> Float[Tensor, "node batch pos d_model"]:
+        (port,) = [p for p in t.plan.stages[s].ports if p.port.name == name]
+        return products.gradient(s, port, gradients.reads[s, name])
+
+    return torch.no_grad()(of)
+
+
 class _Products:
     """sum over positions of g_j . (y_i - m_i), for every edge, sequence and block of positions.
 
@@ -323,7 +335,7 @@ class _Products:
         out = stack.new_zeros(stack.shape[1], len(graph.ports), len(graph.writers))
         for s, stage in enumerate(self.t.plan.stages):
             for port in stage.ports:
-                g = self._gradient(s, port, gradients.reads[s, port.port.name])
+                g = self.gradient(s, port, gradients.reads[s, port.port.name])
                 row = graph.port_starts[s, port.port.name]
                 product = rearrange(g, "n b w d -> b n (w d)") @ self._heard(graph, s)
                 out[:, row : row + len(g), graph.visible_writers(s)] = product
@@ -331,7 +343,7 @@ class _Products:
             out *= graph.edge_matrix.to(out)
         return rearrange(out, "(b k) p w -> b k p w", b=self.t.context.inputs.shape[0])
 
-    def _gradient(self, s: int, port: PortPlan, grads: list[Tensor]) -> Float[Tensor, "node batch_block within d"]:
+    def gradient(self, s: int, port: PortPlan, grads: list[Tensor]) -> Float[Tensor, "node batch_block within d"]:
         """The gradient at what each node hears."""
         key = (s, port.port.name)
         if key not in self.folded:

@@ -2,6 +2,7 @@
 
 from unweave.circuits.circuit import Circuit, connected
 from unweave.circuits.curve import SHARES, FaithfulnessCurve, faithfulness_curve
+from unweave.circuits.dimensions import narrow_circuit
 from unweave.circuits.proof import Proof, prove
 from unweave.circuits.search import find_circuit
 
@@ -13,5 +14,6 @@ __all__ = [
     "connected",
     "faithfulness_curve",
     "find_circuit",
+    "narrow_circuit",
     "prove",
 ]

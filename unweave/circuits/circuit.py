@@ -10,7 +10,7 @@ from jaxtyping import Bool
 from torch import Tensor
 
 from unweave.ablation import Replacement
-from unweave.circuits.division import edge_numbers
+from unweave.circuits.sizes import edge_numbers, edge_sides, whole
 from unweave.graph import Edge, Graph
 from unweave.scope import Scope
 from unweave.scoring import EdgeScores
@@ -63,8 +63,16 @@ class Circuit:
 
     @property
     def n_numbers(self) -> int:
-        """Dimensions written times dimensions read, summed over the edges: the size of their virtual weights."""
-        return edge_numbers(self.original, self.edges)
+        """The size of the edges' virtual weights: dimensions written times dimensions read, or, where an edge keeps k
+        dimensions, k times their sum."""
+        return edge_numbers(self.original, self.edges, self.graph.dimensions)
+
+    @property
+    def n_dimensions(self) -> int:
+        """How many dimensions the edges carry in all."""
+        written, read = edge_sides(self.original)
+        kept = self.graph.dimensions
+        return sum(kept.get(e, min(written[e.src], read[whole(e.dst), e.port])) for e in self.edges)
 
     @property
     def nodes(self) -> tuple[str, ...]:

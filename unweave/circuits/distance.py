@@ -109,7 +109,7 @@ class Distance:
         """
         key = hashlib.sha256(keep.numpy().tobytes()).hexdigest()[:24]
         if key not in self.known:
-            self.known[key] = self._measure(keep)
+            self.known[key] = self.of_graph(self.instead.cut(self.graph, keep))
         if self.saver is not None and time.monotonic() - self.saved > SECONDS_BETWEEN_CHECKPOINTS:
             self.saver.save({}, {"known": self.known})
             self.saved = time.monotonic()
@@ -121,8 +121,13 @@ class Distance:
             self.saver.clear()
 
     @torch.no_grad()
-    def _measure(self, keep: Bool[Tensor, "ports writers"]) -> float:
-        cut, total = self.instead.cut(self.graph, keep), 0.0
+    def of_graph(self, cut: Graph) -> float:
+        """Nats per token of a graph cut out of the whole one.
+
+        Raises:
+            NonFiniteError: its output is not finite.
+        """
+        total = 0.0
         for number, batch in enumerate(self.batches):
             logits = batch_trace(cut, batch, other=self.other(number)).output
             total += float(divergence(self.scope, self.reference(number), logits, batch).double().sum())

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from unweave.ablation import Means
 from unweave.circuits.circuit import Circuit, Trial, connected
+from unweave.circuits.dimensions import narrow_circuit
 from unweave.circuits.distance import Distance
-from unweave.circuits.division import divide, whole
 from unweave.data import TokenData
 from unweave.errors import InputError
 from unweave.graph import Graph
@@ -37,6 +37,8 @@ EXCHANGES = 12
 LEVELS = ("edge", "node", "subspace")
 # so many edges can all be measured
 FEW_EDGES = 256
+# how much of the budget the whole edges may take when they are narrowed afterwards
+WHOLE_SHARE = 0.8
 # for a budget in edges: how many targets in nats are tried, down to this share of the empty circuit's nats
 TARGETS = 6
 LEAST_TARGET = 1e-4
@@ -57,7 +59,6 @@ def find_circuit(
     method: str = "auto",
     scores: EdgeScores | None = None,
     level: str = "edge",
-    parts: int = 4,
     samples: int = 4,
     max_trials: int = 400,
     batch_size: int = 16,
@@ -85,9 +86,8 @@ def find_circuit(
             of a graph with at most 256, where an attribution saves little and can miss saturated edges, and takes
             "fisher" otherwise.
         scores: known already.
-        level: "edge"; "node": all edges between the nodes kept, and nodes are what is chosen; or "subspace": what nodes
-            write is divided into ``parts`` by worth (:func:`divide`), and an edge may keep some of them.
-        parts: for level "subspace".
+        level: "edge"; "node": all edges between the nodes kept, and nodes are what is chosen; or "subspace": an edge
+            may keep only some dimensions (:func:`narrow_circuit`, from a circuit of whole edges, a little closer).
         max_trials: measurements at most; the search stops there with what it has.
         seed: of scores and of resampling.
         checkpoint: a file that keeps what was measured, so that a killed search resumes; removed at the end.
@@ -119,10 +119,6 @@ def find_circuit(
     _check(graph, edges, kl_nats, faithfulness, level)
     scope = scope or Scope()
     options: dict[str, Any] = {"batch_size": batch_size, "progress": progress}
-    if level == "subspace":
-        if scores is not None or means is not None:
-            raise InputError("level 'subspace' divides the nodes first: scores and means of the whole ones do not fit")
-        graph = divide(graph, data, scope, parts, **options)
     instead, data = replacement(graph, data, ablation, means=means, seed=seed, **options)
     if method == "auto":
         method = "exact" if graph.n_edges <= FEW_EDGES else "fisher"
@@ -137,9 +133,12 @@ def find_circuit(
             kept, nats = search.of_size(edges, empty)
         else:
             target = kl_nats if kl_nats is not None else (1.0 - (faithfulness or 0.0)) * empty
-            kept, nats = search.within(target)
+            kept, nats = search.within(target * (WHOLE_SHARE if level == "subspace" else 1.0))
     distance.done()
-    return Circuit(instead.cut(graph, kept), graph, kept, scope, instead, scores, nats, empty, tuple(search.trials))
+    found = Circuit(instead.cut(graph, kept), graph, kept, scope, instead, scores, nats, empty, tuple(search.trials))
+    if level != "subspace":
+        return found
+    return narrow_circuit(found, data, kl_nats=None if edges is not None else target, seed=seed, **options)
 
 
 def _check(graph: Graph, edges: int | None, nats: float | None, faithfulness: float | None, level: str) -> None:
@@ -197,7 +196,7 @@ class _Search:
         """The edges that a choice of units keeps, those that reach no output dropped: they do nothing."""
         if self.level != "node":
             keep = torch.zeros_like(self.graph.edge_matrix)
-            keep[self.graph.edge_matrix] = units[self.groups]
+            keep[self.graph.edge_matrix] = units
         else:
             keep = self.graph.edge_matrix & units[self.port_node][:, None] & units[self.writer_node][None]
         return connected(self.graph, keep, fed=False)
@@ -205,28 +204,16 @@ class _Search:
     def units_of(self, edges: Bool[Tensor, "ports writers"]) -> Bool[Tensor, " units"]:
         """The units that a set of edges needs."""
         if self.level != "node":
-            return self._sums(edges[self.graph.edge_matrix].float()) > 0
+            return edges[self.graph.edge_matrix]
         units = torch.zeros(len(self.graph.nodes), dtype=torch.bool)
         units[self.port_node[edges.any(1)]] = True
         units[self.writer_node[edges.any(0)]] = True
         return units
 
-    @cached_property
-    def groups(self) -> Int[Tensor, " edges"]:
-        """The unit of every edge: itself, or, where nodes are divided, what it shares with the reader's other parts."""
-        if self.level == "edge":
-            return torch.arange(self.graph.n_edges)
-        keys = [(e.src, whole(e.dst), e.port) for e in self.graph.edges]
-        number = {key: i for i, key in enumerate(dict.fromkeys(keys))}
-        return torch.tensor([number[key] for key in keys])
-
-    @cached_property
+    @property
     def n_units(self) -> int:
         """How many units there are to choose from."""
-        return len(self.graph.nodes) if self.level == "node" else int(self.groups.max()) + 1
-
-    def _sums(self, by_edge: Float[Tensor, " edges"]) -> Float[Tensor, " units"]:
-        return torch.zeros(self.n_units).index_add(0, self.groups, by_edge)
+        return len(self.graph.nodes) if self.level == "node" else self.graph.n_edges
 
     @cached_property
     def port_node(self) -> Int[Tensor, " ports"]:
@@ -242,7 +229,7 @@ class _Search:
         """Nats by unit, from nats by edge."""
         nats = nats.nan_to_num(0.0).abs()
         if self.level != "node":
-            return self._sums(nats[self.graph.edge_matrix])
+            return nats[self.graph.edge_matrix]
         worth = torch.zeros(len(self.graph.nodes))
         worth[self.writer_node] = nats.amax(0)
         worth[-1] = NEVER  # the output is always there
@@ -393,7 +380,7 @@ class _Search:
         curvature = self.scores.nats.nan_to_num(0.0).abs()
         cost, gain = torch.where(keep, curvature - slope, 0.0), torch.where(keep, 0.0, -slope - curvature)
         if self.level != "node":
-            return self._sums(cost[self.graph.edge_matrix]), self._sums(gain[self.graph.edge_matrix])
+            return cost[self.graph.edge_matrix], gain[self.graph.edge_matrix]
         return self._by_node(cost, NEVER), self._by_node(gain, -NEVER)
 
     def _by_node(self, nats: Tensor, output: float) -> Float[Tensor, " units"]:

@@ -289,6 +289,19 @@ class Graph:
                     out[row + port.wires.nodes.cpu(), column + port.wires.writers.cpu()] = True
         return out
 
+    @cached_property
+    def dimensions(self) -> Mapping[Edge, int]:
+        """How many dimensions each narrow edge carries."""
+        out = {}
+        for s, stage in enumerate(self.stages):
+            writers = self.writers[self.visible_writers(s)]
+            for port in stage.ports:
+                if port.wires is not None:
+                    columns = (port.wires.writers, port.wires.nodes, port.wires.n_dimensions)
+                    for i, node, k in zip(*(c.tolist() for c in columns), strict=True):
+                        out[Edge(writers[i], stage.nodes[node], port.name)] = k
+        return out
+
     def _by_port(self, edges: Sequence[Edge]) -> dict[tuple[int, str], list[tuple[int, tuple[int, int]]]]:
         """By (stage, port): the number of each edge and its place (node of the stage, writer among the visible)."""
         at = {name: i for i, name in enumerate(self.writers)}

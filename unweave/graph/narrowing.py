@@ -65,7 +65,7 @@ def add_wires(
 
 def drop_wires(
     port: Port,
-    gone: Float[Tensor, "nodes writers"] | Tensor,
+    gone: Bool[Tensor, "nodes writers"],
     writers: Sequence[str],
     means: Mapping[str, Tensor] | None,
 ) -> Port:
