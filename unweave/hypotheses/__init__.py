@@ -3,13 +3,17 @@
 from unweave.hypotheses.alignment import Alignment, Site, one_at_random
 from unweave.hypotheses.causal_model import CausalModel
 from unweave.hypotheses.interchange import Accuracy, Interchange, interchange_accuracy
+from unweave.hypotheses.search import AlignmentSearch, Candidate, find_alignment
 
 __all__ = [
     "Accuracy",
     "Alignment",
+    "AlignmentSearch",
+    "Candidate",
     "CausalModel",
     "Interchange",
     "Site",
+    "find_alignment",
     "interchange_accuracy",
     "one_at_random",
 ]
