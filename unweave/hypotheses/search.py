@@ -133,7 +133,8 @@ def find_alignment(
 ) -> AlignmentSearch:
     """The k directions of each place that, swapped, do to the network what swapping the variable does to the model.
 
-    At each place a basis B ``[d k]`` (B^T B = 1), in the span of what differs there between sequences, is learned with Adam on pairs of training sequences,
+    At each place a basis B ``[d k]`` (B^T B = 1), in the span of what differs there between tokens, is learned with
+    Adam on pairs of training sequences,
 
         min_B E_(b, s) [ -log p(M_{V <- M_V(s)}(b)) ],  v <- v + B B^T (v_s - v),
 
@@ -159,8 +160,8 @@ def find_alignment(
         EmptyDataError: swapping the variable never changes the model's answer.
 
     Cost:
-        Per place ``n_starts`` times ``steps`` forward and backward passes of a batch and a few forward passes over the pairs; three
-        times that with controls. Memory: the place's values on all training pairs.
+        Per place ``n_starts`` times ``steps`` forward and backward passes of a batch, and a few forward passes over
+        the pairs; three times that with controls. Memory: the place's values on all training pairs.
 
     Exact?
         A local optimum. Ranking by held-out accuracy favours the lucky place a little; controls are ranked alike.
@@ -188,20 +189,16 @@ def find_alignment(
     if not where:
         raise InputError("places= is empty: name at least one, or leave it out to search all")
     train, test = data.split(held_out=held_out, seed=seed)
-    task = _Task(
-        model,
-        variable,
-        positions,
-        Answers(scope or Scope(), tolerance),
-        draw_pairs(train, [variable], n_pairs, seed),
-        draw_pairs(test, [variable], n_pairs, seed + 1),
-        _Fit(k, steps, learning_rate, n_starts, batch_size, seed),
-    )
-    runs = [(graph, False)] + ([(redrawn(graph, seed), False), (graph, True)] if controls else [])
-    jobs = [(number, network, wrong, place) for number, (network, wrong) in enumerate(runs) for place in where]
+    task = _Task(model, variable, positions, Answers(scope or Scope(), tolerance))
+    fit = _Fit(k, steps, learning_rate, n_starts, batch_size, seed)
+    drawn = draw_pairs(train, [variable], n_pairs, seed), draw_pairs(test, [variable], n_pairs, seed + 1)
+    right, wrong = ([task.judged(pairs, batch_size, wrong=w) for pairs in drawn] for w in (False, True))
+    runs = [(graph, right)] + ([(redrawn(graph, seed), right), (graph, wrong)] if controls else [])
+    jobs = [(number, *run, place) for number, run in enumerate(runs) for place in where]
     results: list[list[Candidate]] = [[], [], []]
-    for number, network, wrong, place in track(jobs, f"searching {variable}", len(jobs), show=progress):
-        results[number].append(_candidate(network, task, place, wrong))
+    for number, network, (to_fit, to_test), place in track(jobs, f"searching {variable}", len(jobs), show=progress):
+        site, nats = _best_site(network, task, Site(place, positions=positions), to_fit, fit)
+        results[number].append(Candidate(site, _held_out(network, task, site, to_test, drawn[1], seed), nats))
     ranked = (tuple(sorted(found, key=_rank, reverse=True)) for found in results)
     return AlignmentSearch(variable, *ranked)
 
@@ -221,6 +218,14 @@ class _Fit(NamedTuple):
     seed: int
 
 
+class _Judged(NamedTuple):
+    """A batch of pairs with what the hypothesis says of them."""
+
+    base: Batch
+    sources: dict[str, Batch]
+    verdict: Verdict
+
+
 class _Task(NamedTuple):
     """What a search looks for."""
 
@@ -228,89 +233,93 @@ class _Task(NamedTuple):
     variable: str
     positions: Positions
     answers: Answers
-    train: Pairs
-    test: Pairs
-    fit: _Fit
 
-    def verdict(self, site: Site, base: Batch, told: dict[str, Batch]) -> Verdict:
-        return judge(self.model, {self.variable: (site,)}, base, told, self.answers)
+    def judged(self, pairs: Pairs, batch_size: int, *, wrong: bool) -> list[_Judged]:
+        """What the hypothesis says; on sources other than those swapped in where it is to be wrong."""
+        homes = {self.variable: (Site("", positions=self.positions),)}
+        out = [
+            _Judged(base, sources, judge(self.model, homes, base, others if wrong else sources, self.answers))
+            for base, sources, others in pairs.batches(batch_size)
+        ]
+        if not any(bool(batch.verdict.effective.any()) for batch in out):
+            raise EmptyDataError(
+                f"on {len(pairs)} pairs, swapping {self.variable!r} at these positions never changes the hypothesis' "
+                "answer in the scope; use more data, other positions, or another variable"
+            )
+        return out
 
-    def logits(
-        self, graph: Graph, site: Site, base: Batch, sources: dict[str, Batch], value: Tensor
-    ) -> Float[Tensor, "batch pos d_out"]:
-        homes = {self.variable: (site,)}
-        return swapped_logits(graph, homes, base, sources, {self.variable: {site.place: value}})
+    def source_value(self, graph: Graph, site: Site, batch: _Judged) -> Float[Tensor, "batch pos d"]:
+        """What the place holds on the sources."""
+        return record(graph, batch.sources[self.variable], [site])[site.place]
+
+    def logits(self, graph: Graph, site: Site, batch: _Judged, value: Tensor) -> Float[Tensor, "batch pos d_out"]:
+        """The network's output with that swapped in."""
+        recorded = {self.variable: {site.place: value}}
+        return swapped_logits(graph, {self.variable: (site,)}, batch.base, batch.sources, recorded)
+
+    def loss(self, graph: Graph, site: Site, batch: _Judged, value: Tensor) -> Float[Tensor, ""]:
+        """Mean nats over effective positions plus mean nats over unchanged ones."""
+        nats = self.answers.compare(self.logits(graph, site, batch, value), batch.verdict.answer)[1]
+        parts = [batch.verdict.effective, batch.verdict.unchanged]
+        means = [nats[chosen.to(nats.device)].mean() for chosen in parts if bool(chosen.any())]
+        return torch.stack(means).sum() if means else nats.sum() * 0
 
 
-class _Example(NamedTuple):
-    """A batch of pairs ready to train on."""
-
-    base: Batch
-    sources: dict[str, Batch]
-    value: Tensor
-    verdict: Verdict
-
-
-def _candidate(graph: Graph, task: _Task, place: str, wrong: bool) -> Candidate:
-    site = Site(place, positions=task.positions)
-    examples = _examples(graph, task, site, task.train, wrong)
-    span = _span(site, examples)
-    if task.fit.k < span.shape[1]:
-        starts = range(task.fit.seed, task.fit.seed + task.fit.n_starts)
-        site, nats = min((_learn(graph, task, site, examples, span, i) for i in starts), key=lambda fit: fit[1])
-    else:
-        nats = _mean_loss(graph, task, site, examples)
+@torch.no_grad()
+def _held_out(graph: Graph, task: _Task, site: Site, judged: list[_Judged], pairs: Pairs, seed: int) -> Accuracy:
     tally = Tally()
-    with torch.no_grad():
-        for example in _examples(graph, task, site, task.test, wrong):
-            logits = task.logits(graph, site, example.base, example.sources, example.value)
-            tally.add(example.verdict, logits, task.answers)
-    return Candidate(site, tally.accuracy(task.test, task.fit.seed), nats)
+    for batch in judged:
+        value = task.source_value(graph, site, batch)
+        tally.add(batch.verdict, task.logits(graph, site, batch, value), task.answers)
+    return tally.accuracy(pairs, seed)
 
 
 @torch.no_grad()
-def _examples(graph: Graph, task: _Task, site: Site, pairs: Pairs, wrong: bool) -> list[_Example]:
-    out = []
-    for base, sources, others in pairs.batches(task.fit.batch_size):
-        value = record(graph, sources[task.variable], [site])[site.place]
-        out.append(_Example(base, sources, value, task.verdict(site, base, others if wrong else sources)))
-    if not any(bool(e.verdict.effective.any()) for e in out):
-        raise EmptyDataError(
-            f"on {len(pairs)} pairs, swapping {task.variable!r} at these positions never changes the hypothesis' "
-            "answer in the scope; use more data, other positions, or another variable"
-        )
-    return out
+def _best_site(graph: Graph, task: _Task, site: Site, judged: list[_Judged], fit: _Fit) -> tuple[Site, float]:
+    """The site with the best basis of all starts, and its loss; whole where fewer than k directions differ."""
+    values = [task.source_value(graph, site, batch) for batch in judged]
+    span = _span(site, judged, values)
+    if fit.k >= span.shape[1]:
+        losses = [float(task.loss(graph, site, *known)) for known in zip(judged, values, strict=True)]
+        return site, sum(losses) / len(losses)
+    starts = (_learn(graph, task, site, (judged, values), span, fit, fit.seed + i) for i in range(fit.n_starts))
+    return min(starts, key=lambda learned: learned[1])
 
 
-@torch.no_grad()
-def _span(site: Site, examples: list[_Example]) -> Float[Tensor, "d rank"]:
+def _span(site: Site, judged: list[_Judged], values: list[Tensor]) -> Float[Tensor, "d rank"]:
     """The directions in which the place's values differ at all; the others could only wake what never happens."""
-    rows = []
-    for example in examples:
-        (source,) = example.sources.values()
-        marked = position_mask(Scope(positions=site.positions), source)
-        rows.append(example.value[marked.to(example.value.device)])
-    values = torch.cat(rows).double()
-    centred = values - values.mean(0)
+    scope, rows = Scope(positions=site.positions), []
+    for batch, value in zip(judged, values, strict=True):
+        (source,) = batch.sources.values()
+        rows.append(value[position_mask(scope, source).to(value.device)])
+    seen = torch.cat(rows).double()
+    centred = seen - seen.mean(0)
     variance, directions = torch.linalg.eigh(centred.T @ centred)
     return directions[:, variance > ROUNDING * variance[-1]].to(torch.float32)
 
 
 def _learn(
-    graph: Graph, task: _Task, site: Site, examples: list[_Example], span: Float[Tensor, "d rank"], seed: int
+    graph: Graph,
+    task: _Task,
+    site: Site,
+    known: tuple[list[_Judged], list[Tensor]],
+    span: Float[Tensor, "d rank"],
+    fit: _Fit,
+    seed: int,
 ) -> tuple[Site, float]:
     """The site with the basis that training finds in a span, and the loss it reached."""
-    fit, generator = task.fit, torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(seed)
     columns = torch.randn(span.shape[1], fit.k, generator=generator).to(span.device)
     columns = torch.linalg.qr(columns).Q.requires_grad_()
     optimiser = torch.optim.Adam([columns], fit.learning_rate)
+    batches = list(zip(*known, strict=True))
     losses: list[float] = []
     for step in range(fit.steps):
         optimiser.param_groups[0]["lr"] = fit.learning_rate * (1 - step / fit.steps)
-        example = examples[int(torch.randint(len(examples), (1,), generator=generator))]
+        batch, value = batches[int(torch.randint(len(batches), (1,), generator=generator))]
         with torch.enable_grad():
             moved = dataclasses.replace(site, basis=span @ torch.linalg.qr(columns).Q)
-            loss = _loss(graph, task, moved, example)
+            loss = task.loss(graph, moved, batch, value)
             (columns.grad,) = torch.autograd.grad(loss, [columns])
         optimiser.step()
         with torch.no_grad():
@@ -319,17 +328,3 @@ def _learn(
         losses.append(float(loss.detach()))
     last = losses[-max(1, fit.steps // 10) :]
     return dataclasses.replace(site, basis=span @ columns.detach()), sum(last) / len(last)
-
-
-def _loss(graph: Graph, task: _Task, site: Site, example: _Example) -> Float[Tensor, ""]:
-    """Mean nats over effective positions plus mean nats over unchanged ones."""
-    logits = task.logits(graph, site, example.base, example.sources, example.value)
-    nats = task.answers.compare(logits, example.verdict.answer)[1]
-    parts = [example.verdict.effective, example.verdict.unchanged]
-    means = [nats[chosen.to(nats.device)].mean() for chosen in parts if bool(chosen.any())]
-    return torch.stack(means).sum() if means else nats.sum() * 0
-
-
-@torch.no_grad()
-def _mean_loss(graph: Graph, task: _Task, site: Site, examples: list[_Example]) -> float:
-    return sum(float(_loss(graph, task, site, example)) for example in examples) / len(examples)
