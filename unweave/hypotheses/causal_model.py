@@ -8,6 +8,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import compress
 from typing import Any
 
 import torch
@@ -205,7 +206,7 @@ def _plain(value: Tensor, mask: Bool[Tensor, "batch pos"]) -> list[Any]:
     """A value as one number or list per sequence, padding left out."""
     if value.ndim == 1:
         return list(value.tolist())
-    return [row[real].tolist() for row, real in zip(value, mask, strict=True)]
+    return [list(compress(row, real)) for row, real in zip(value.tolist(), mask.tolist(), strict=True)]
 
 
 def _number_type(name: str, items: list[Any]) -> torch.dtype:

@@ -301,5 +301,6 @@ def _agreement(graph: Graph, model: CausalModel, base: Batch, answers: Answers) 
     """Per sequence, positions answered and those where the network gives that answer, nothing swapped."""
     answer = predicted(model, base)
     asked = position_mask(answers.scope, base) & answers.given(answer)
-    right = answers.compare(run(graph, base.inputs, base.mask).logits, answer)[0].cpu()
+    logits = run(graph, base.inputs, base.mask).logits
+    right = answers.compare(logits, answers.only(answer, asked))[0].cpu()
     return torch.stack([asked.double().sum(1), (right & asked).double().sum(1)], dim=1)

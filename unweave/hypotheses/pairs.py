@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -108,6 +109,10 @@ class Answers:
         """Where a hypothesis says anything."""
         return ~answer.isnan() if answer.is_floating_point() else answer >= 0
 
+    def only(self, answer: Tensor, asked: Bool[Tensor, "batch pos"]) -> Tensor:
+        """Answers where they are asked for, and none elsewhere."""
+        return torch.where(asked, answer, math.nan if answer.is_floating_point() else -1)
+
     def differ(self, a: Float[Tensor, "batch pos"] | Int[Tensor, "batch pos"], b: Tensor) -> Bool[Tensor, "batch pos"]:
         """Where two answers are not the same."""
         return (a - b).abs() > self.tolerance if a.is_floating_point() else a != b
@@ -168,7 +173,7 @@ def judge(model: CausalModel, homes: Homes, base: Batch, sources: Mapping[str, B
     before, after = predicted(model, base), predicted(model, base, patch)
     asked = position_mask(answers.scope, base) & answers.given(before) & answers.given(after)
     changed = answers.differ(before, after)
-    return Verdict(after, asked & changed, asked & ~changed)
+    return Verdict(answers.only(after, asked), asked & changed, asked & ~changed)
 
 
 def _setter(apply: Callable[[Tensor, Tensor], Tensor], source: Tensor) -> Patch:
