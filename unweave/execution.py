@@ -572,7 +572,7 @@ def run(
         mask: 1 or True where a token is real (right or left padding).
         record: names of values to return: a node (``"blocks.0.attn.head.1"``: what it writes), a port
             (``"blocks.0.attn.head.1.q"``: what it hears, before its norm), ``NODE.code``, ``HEAD.pattern``,
-            ``before NODE`` (the residual stream; patched for that node's stage and all after it).
+            ``before NODE`` (the residual stream; patched for that node's stage and all after it, in an uncut graph).
         patch: values to set, as a tensor or a function of the value, by the same names; an edge
             (``"embed->blocks.0.mlp.in"``) is patched for its one reader only.
         counterfactual: other inputs of the same shape, needed by a graph whose cut edges are resampled.
@@ -659,6 +659,10 @@ def _check_names(graph: Graph, record: frozenset[str], patch: Mapping[str, Patch
     for name in (*record, *(n for n in patch if "->" not in n)):
         if name not in known:
             raise UnknownNameError("value", name, sorted(known))
+    if graph.is_cut and any(name.startswith(BEFORE) for name in patch):
+        raise InputError(
+            "where edges are cut, readers hear different sums and no one stream can be patched; patch ports"
+        )
     edges = [n for n in patch if "->" in n]
     cut = graph.mark_edges(edges) & ~graph.edge_matrix
     if bool(cut.any()):

@@ -190,7 +190,7 @@ def interchange_accuracy(
     Only positions where the swap changes the hypothesis' answer tell anything; the others are counted apart.
 
     Args:
-        graph: uncut, or with edges cut to constants.
+        graph: uncut, or with edges cut to constants (then no site can be a residual stream).
         alignment: variable -> a place, a :class:`Site` or several. What is not in it is not tested.
         data: the sequences to pair; use some that no search has seen.
         scope: which positions count; its quotient makes the answers classes.
