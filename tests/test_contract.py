@@ -52,6 +52,7 @@ LAYERS = (
     "evaluation",
     "circuits",
     "tasks",
+    "hypotheses",
     "storage",
     "subspaces",
     "export",

@@ -22,9 +22,12 @@ from unweave.errors import InputError, ShapeError, UnknownNameError, UnweaveErro
 from unweave.graph import Edge, Graph, Port, Read, Stage, at_positions
 from unweave.ops import Attention, Context, Dense, LinearMap, LowRank, Norm, RMSNorm
 
-__all__ = ["Run", "Trace", "check_inputs", "finish_stage", "plan_of", "run", "run_stages", "trace", "uncut"]
+__all__ = ["BEFORE", "Run", "Trace", "check_inputs", "finish_stage", "plan_of", "run", "run_stages", "trace", "uncut"]
 
 Patch = Tensor | Callable[[Tensor], Tensor]
+
+# "before NODE" names the residual stream that a node's stage finds
+BEFORE = "before "
 
 
 # ---- the plan: what can be worked out once per graph ----------------------------------------------------
@@ -269,6 +272,16 @@ class Trace:
         """Set what stages lo..hi-1 have written, for a run that starts after them."""
         self._sums[lo, hi] = sums
 
+    def shift(self, lo: int, hi: int, to: Float[Tensor, "batch pos d_model"]) -> None:
+        """Set what stages lo..hi-1 have written, for all who listen later; the last of their nodes takes the change."""
+        change = to - self.stream(lo, hi)
+        self.total[hi - 1] = self.total[hi - 1] + change
+        each = self.each[hi - 1]
+        if each is not None:
+            self.each[hi - 1] = torch.cat([each[:, :-1], each[:, -1:] + change[:, None]], dim=1)
+        self._sums = {}
+        self.preset(lo, hi, to)
+
     def written(self, lo: int, hi: int) -> Float[Tensor, "batch writer pos d_model"]:
         """What each node of stages lo..hi-1 writes, biases left out."""
         return torch.cat([self.node_writes(s) for s in range(lo, hi)], dim=1)
@@ -315,6 +328,7 @@ def run_stages(t: Trace, start: int, hooks: _Hooks | None = None, stop: int | No
     hooks = hooks or _Hooks(t.graph, frozenset(), {})
     for s in range(start, len(t.plan.stages) if stop is None else stop):
         try:
+            hooks.stream(t, s)
             _run_stage(t, s, hooks)
         except (UnweaveError, RuntimeError, IndexError) as error:
             error.add_note(f"while running {', '.join(t.plan.stages[s].stage.nodes[:3])} (stage {s})")
@@ -504,6 +518,17 @@ class _Hooks:
     def node(self, t: Trace, s: int, each: Tensor) -> Tensor:
         return self._each_node(t, s, "", each)
 
+    def stream(self, t: Trace, s: int) -> None:
+        """Record or patch the residual stream before stage s, for that stage and all after it."""
+        if not self.active:
+            return
+        for name in (f"{BEFORE}{node}" for node in t.plan.stages[s].stage.nodes):
+            if name in self.record or name in self.patch:
+                lo, hi = t.plan.stages[s].stage.visible
+                new = self._apply(t, name, t.stream(lo, hi))
+                if name in self.patch:
+                    t.shift(lo, hi, new)
+
     def port(self, t: Trace, s: int, plan: PortPlan, x: Tensor) -> Tensor:
         if not self.active:
             return x
@@ -564,7 +589,8 @@ def run(
         inputs: token ids ``[batch pos]``, or reals ``[batch pos features]`` where the network reads those.
         mask: 1 or True where a token is real (right or left padding).
         record: names of values to return: a node (``"blocks.0.attn.head.1"``: what it writes), a port
-            (``"blocks.0.attn.head.1.q"``: what it hears, before its norm), ``NODE.code``, ``HEAD.pattern``.
+            (``"blocks.0.attn.head.1.q"``: what it hears, before its norm), ``NODE.code``, ``HEAD.pattern``,
+            ``before NODE`` (the residual stream; patched for that node's stage and all after it, in an uncut graph).
         patch: values to set, as a tensor or a function of the value, by the same names; an edge
             (``"embed->blocks.0.mlp.in"``) is patched for its one reader only.
         counterfactual: other inputs of the same shape, needed by a graph whose cut edges are resampled.
@@ -648,9 +674,14 @@ def _check_names(graph: Graph, record: frozenset[str], patch: Mapping[str, Patch
     known |= {f"{n}.code" for n in graph.nodes}
     known |= {f"{n}.pattern" for s in graph.stages if isinstance(s.core, Attention) for n in s.nodes}
     known -= set(graph.stages[-1].nodes)
+    known |= {f"{BEFORE}{n}" for s in graph.stages if s.visible[1] > s.visible[0] for n in s.nodes}
     for name in (*record, *(n for n in patch if "->" not in n)):
         if name not in known:
             raise UnknownNameError("value", name, sorted(known))
+    if graph.is_cut and any(name.startswith(BEFORE) for name in patch):
+        raise InputError(
+            "where edges are cut, readers hear different sums and no one stream can be patched; patch ports"
+        )
     edges = [n for n in patch if "->" in n]
     cut = graph.mark_edges(edges) & ~graph.edge_matrix
     if bool(cut.any()):
