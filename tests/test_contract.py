@@ -44,6 +44,7 @@ LAYERS = (
     "data",
     "scope",
     "ablation",
+    "freezing",
     "statistics",
     "scoring",
     "paths",

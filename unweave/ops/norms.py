@@ -16,7 +16,7 @@ from torch import Tensor
 
 from unweave import tree
 
-__all__ = ["LayerNorm", "Norm", "RMSNorm"]
+__all__ = ["LayerNorm", "Norm", "RMSNorm", "norm_bias"]
 
 
 class Norm(ABC):
@@ -105,3 +105,10 @@ class LayerNorm(Norm):
     def fold(self, weight: Float[Tensor, "... d"]) -> Float[Tensor, "... d"]:
         weight = weight * self.gain
         return weight - weight.mean(-1, keepdim=True)
+
+
+def norm_bias(norm: Norm | None, like: Float[Tensor, "... d"]) -> Float[Tensor, " d"]:
+    """The constant that a norm adds, whatever it hears."""
+    if isinstance(norm, LayerNorm) and norm.bias is not None:
+        return norm.bias.to(like)
+    return like.new_zeros(like.shape[-1])

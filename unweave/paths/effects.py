@@ -14,8 +14,8 @@ from torch import Tensor
 from unweave.data import Batch, TokenData
 from unweave.errors import EmptyDataError, InputError
 from unweave.execution import Trace, check_inputs, trace
+from unweave.freezing import check_frozen, freeze
 from unweave.graph import Edge, Graph
-from unweave.paths.freezing import check_frozen, freeze
 from unweave.scope import Scope, divergence, position_mask
 from unweave.statistics import Sums, accumulate, check_finite, collect_means
 

@@ -12,8 +12,7 @@ from torch import Tensor
 from unweave.errors import InputError, UnsupportedModelError
 from unweave.execution import PortPlan, Trace
 from unweave.graph import Graph, Port, Stage
-from unweave.ops import Attention, Context, Core, Norm
-from unweave.paths.weights import norm_bias
+from unweave.ops import Attention, Context, Core, Norm, norm_bias
 
 __all__ = ["FROZEN", "check_frozen", "clean_pattern", "clean_scale", "freeze"]
 
