@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from unweave import tree
@@ -42,6 +42,15 @@ class Norm(ABC):
         normed, inverse = self.standardise(x)
         g = self.fold(g)
         return inverse * (g - normed * (g * normed).mean(-1, keepdim=True))
+
+    @property
+    def is_linear(self) -> bool:
+        """Whether the scale is held, so that the Jacobian is s F alone."""
+        return False
+
+    def for_nodes(self, nodes: Int[Tensor, " n"]) -> Norm:
+        """The norm in front of a row of nodes picked, with repetition, out of a stage's."""
+        return self
 
     @property
     def n_parameters(self) -> int:

@@ -78,7 +78,7 @@ def path_effect(
         InputError: no path, edges that do not join or are cut, a mean is missing, an unknown word, or a graph whose
             cut edges hear another input.
         UnknownNameError: an unknown node or port.
-        UnsupportedModelError: see :func:`unweave.paths.freeze`.
+        UnsupportedModelError: see :func:`unweave.freezing.freeze`.
         EmptyDataError: the scope selects no position.
 
     Cost:
