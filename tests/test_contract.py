@@ -53,6 +53,7 @@ LAYERS = (
     "evaluation",
     "circuits",
     "tasks",
+    "coarsening",
     "storage",
     "subspaces",
     "export",
