@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
-import json
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -182,7 +182,7 @@ class Search:
         if self.checkpoint is None:
             return None
         classes = None if scope.quotient is None else scope.quotient.classes.tolist()
-        text = json.dumps([describe(scope), classes, by, self.kl_nats, self.max_trials, self.samples, self.seed])
+        text = repr((describe(scope), classes, by, dataclasses.replace(self, checkpoint=None, progress=None)))
         folder = Path(self.checkpoint)
         folder.mkdir(parents=True, exist_ok=True)
         return folder / f"{by}-{hashlib.sha256(text.encode()).hexdigest()[:16]}.safetensors"
