@@ -13,6 +13,10 @@ which port j hears m_i instead of y_i. An *attribution* estimates it:
 - ``eap-ig``: the same with g averaged over steps between the mean embedding and the real one.
   Source: Hanna et al. 2024, "Have Faith in Faithfulness".
 - ``exact``: the effect itself, edge by edge.
+
+``frozen`` says what is held, and every result carries it: "none"; "patterns": no gradient passes where heads look, so
+that what a q or k port hears is worth nothing; "patterns and norms": nor the scales by which norms divide. For effects
+that are measured, they keep the values of the graph's own run.
 """
 
 from __future__ import annotations
@@ -31,7 +35,8 @@ from torch import Tensor
 from unweave.ablation import Means, Replacement, batch_trace
 from unweave.data import Batch, TokenData
 from unweave.errors import EmptyDataError, InputError
-from unweave.execution import PortPlan, Trace, finish_stage, run_stages
+from unweave.execution import PortPlan, Trace, finish_stage, plan_of, run_stages
+from unweave.freezing import freeze, hold
 from unweave.graph import Edge, Graph, Port, at_positions
 from unweave.scope import Scope, divergence, metric, position_mask
 from unweave.statistics import (
@@ -79,6 +84,7 @@ class EdgeScores:
         node_nats: ``[writers]``: the same attribution for all edges out of a writer together.
         node_se: their standard errors.
         method, n_sequences, n_tokens: how, and on how much data.
+        frozen: what was held, see the module's text.
     """
 
     graph: Graph
@@ -90,6 +96,11 @@ class EdgeScores:
     method: str
     n_sequences: int
     n_tokens: int
+    frozen: str = "none"
+
+    def __repr__(self) -> str:
+        data = f"{self.n_sequences} sequences, {self.n_tokens} tokens, {int(self.measured.sum())} measured"
+        return f"EdgeScores({self.method} of {self.graph.n_edges} edges: {data}; frozen: {self.frozen})"
 
     def ranked(self) -> Int[Tensor, "edges 2"]:
         """(port, writer) of every edge, the largest absolute score first."""
@@ -109,7 +120,7 @@ class EdgeScores:
         return self.nats.nan_to_num(0.0).abs() > nats
 
     def table(self, k: int | None = None) -> list[dict[str, Any]]:
-        """The k largest edges as plain rows: edge, nats, se, measured."""
+        """The k largest edges as plain rows: edge, nats, se, measured, frozen."""
         split = [port.rsplit(".", 1) for port in self.graph.ports]
         return [
             {
@@ -117,6 +128,7 @@ class EdgeScores:
                 "nats": float(self.nats[j, i]),
                 "se": float(self.se[j, i]),
                 "measured": bool(self.measured[j, i]),
+                "frozen": self.frozen,
             }
             for j, i in self.ranked()[:k].tolist()
         ]
@@ -128,6 +140,7 @@ def score_edges(
     scope: Scope | None = None,
     *,
     method: str = "fisher",
+    frozen: str = "none",
     ablation: str = "mean",
     means: Means | None = None,
     samples: int = 2,
@@ -145,6 +158,7 @@ def score_edges(
         data: token sequences.
         scope: which signal counts; by default the KL at all positions.
         method: "fisher", "eap", "eap-ig" or "exact" (see the module's text).
+        frozen: "none", "patterns" or "patterns and norms" (see the module's text).
         ablation: what an ablated edge carries, see :class:`Replacement`. "counterfactual" takes it from the label
             "corrupted" of the data: ids of the same shape.
         means: for the ablations that need them; collected here (one more forward pass) when missing.
@@ -159,7 +173,8 @@ def score_edges(
         :class:`EdgeScores`.
 
     Raises:
-        InputError: an unknown method or nonsensical number.
+        InputError: an unknown method, an unknown word for what is frozen or a nonsensical number.
+        UnsupportedModelError: norms are to be frozen and a layer's writes pass another one (Gemma).
         EmptyDataError: no position is left in the scope.
 
     Cost:
@@ -185,20 +200,20 @@ def score_edges(
         raise InputError('edges of this graph carry only some dimensions: measure them with method="exact"')
     if samples < 1 or steps < 1 or measure_top < 0:
         raise InputError("samples and steps must be at least 1 and measure_top at least 0")
-    scope = scope or Scope()
+    scope, held = scope or Scope(), hold(graph, frozen)
     options: dict[str, Any] = {"batch_size": batch_size, "progress": progress}
     instead, data = replacement(graph, data, ablation, means=means, seed=seed, **options)
     options["checkpoint"] = checkpoint
     if method == "exact":
-        return measure_edges(graph, data, scope, graph.edge_matrix, instead, **options)
+        return measure_edges(graph, data, scope, graph.edge_matrix, instead, frozen=frozen, **options)
     step: FisherPass | _GradientStep
     if method == "fisher":
-        step = FisherPass(graph, scope, samples, seed, (EdgeMeasure(scope, instead),))
+        step = FisherPass(held, scope, samples, seed, (EdgeMeasure(scope, instead),))
     else:
-        step = _GradientStep(graph, scope, instead, steps if method == "eap-ig" else 0)
-    fingerprint = f"{method}-{ablation}-{samples}-{seed}"
+        step = _GradientStep(held, scope, instead, steps if method == "eap-ig" else 0)
+    fingerprint = f"{method}-{ablation}-{samples}-{steps}-{seed}-{frozen}"
     sums = accumulate(data, step, description=f"scoring edges ({method})", fingerprint=fingerprint, **options)
-    scores = scores_from(graph, sums, method, len(data))
+    scores = dataclasses.replace(scores_from(graph, sums, method, len(data)), frozen=frozen)
     return calibrate(scores, data, scope, instead, measure_top, **options) if measure_top else scores
 
 
@@ -314,7 +329,7 @@ class _Products:
         out = []
         for s, other in enumerate(sent):
             written = self.t.node_writes(s).detach().float()
-            out.append(self._blocks(written - rearrange(other, "n b t d -> b n t d")))
+            out.append(self._blocks(written - rearrange(other, "n b t d -> b n t d").to(written)))
         return [torch.cat(out)] if self.one_stream else out
 
     def _blocks(self, x: Float[Tensor, "batch n pos d"]) -> Float[Tensor, "n batch_block within d"]:
@@ -354,12 +369,14 @@ class _Products:
             assert isinstance(g, Tensor)
             return g
         inverse, n = self._standardised(key, port)
-        if key not in self.along:
-            self.along[key] = [_per_node(n, f.transpose(1, 2)) for f in folded]
         blocks = [self._blocks(a.float() * inverse) for a in grads]
         g = _per_node(blocks[0], folded[0])
         for a, f in zip(blocks[1:], folded[1:], strict=True):
             g += _per_node(a, f)
+        if port.norm.is_linear:
+            return g
+        if key not in self.along:
+            self.along[key] = [_per_node(n, f.transpose(1, 2)) for f in folded]
         weight = sum((a * e).sum(-1, keepdim=True) for a, e in zip(blocks, self.along[key], strict=True))
         assert isinstance(weight, Tensor)
         return g.addcmul_(weight, n, value=-1.0 / n.shape[-1])
@@ -446,10 +463,11 @@ def calibrate(
     """Measure the effects of the ``top`` edges with the largest attributions and put them in their place.
 
     The second order is too small for the few largest edges, where the output saturates and norms rescale; those
-    are few, so measuring them is cheap. All other edges keep their attribution.
+    are few, so measuring them is cheap. All other edges keep their attribution. What the
+    scores hold frozen is held here, too.
     """
     marked = scores.top(top)
-    exact = measure_edges(scores.graph, data, scope, marked, instead, **options)
+    exact = measure_edges(scores.graph, data, scope, marked, instead, frozen=scores.frozen, **options)
     return dataclasses.replace(
         scores,
         nats=torch.where(marked, exact.nats, scores.nats),
@@ -468,6 +486,7 @@ def measure_edges(
     edges: Bool[Tensor, "ports writers"],
     instead: Replacement,
     *,
+    frozen: str = "none",
     batch_size: int = 16,
     progress: bool | None = None,
     checkpoint: str | None = None,
@@ -477,11 +496,15 @@ def measure_edges(
     Everything before the edge's reader is run once; of the reader's stage only the node in question is
     recomputed; what follows runs on many copies of the batch at once.
 
+    Args:
+        frozen: what keeps the values of the graph's own run, see the module's text.
+
     Returns:
         :class:`EdgeScores` with NaN for edges that were not marked; node scores are NaN.
 
     Raises:
-        InputError: a marked edge is not in the graph.
+        InputError: a marked edge is not in the graph, or an unknown word for what is frozen.
+        UnsupportedModelError: norms are to be frozen and a layer's writes pass another one (Gemma).
 
     Cost:
         On average half a forward pass per edge.
@@ -494,6 +517,8 @@ def measure_edges(
         t = batch_trace(graph, batch, keep=True)
         check_finite(t, batch)
         sent = instead.sent(graph, batch, t.counterfactual)
+        held = freeze(t, frozen)
+        t = dataclasses.replace(t, graph=held, plan=plan_of(held))
         out = torch.zeros(len(batch.index), len(graph.ports), len(graph.writers), device=graph.device)
         for s, port, rows, columns in _chunks(graph, edges, batch):
             reference = t.output.repeat(len(rows), 1, 1)
@@ -506,7 +531,7 @@ def measure_edges(
 
     options: dict[str, Any] = {"batch_size": batch_size, "progress": progress, "checkpoint": checkpoint}
     marks = "".join("01"[int(b)] for b in edges.flatten().tolist())
-    fingerprint = f"exact-{hashlib.sha256(marks.encode()).hexdigest()[:16]}"
+    fingerprint = f"exact-{hashlib.sha256(marks.encode()).hexdigest()[:16]}-{frozen}"
     sums = accumulate(data, step, description="measuring edges", fingerprint=fingerprint, **options)
     scores = scores_from(graph, sums, "exact", len(data))
     unknown = ~edges
@@ -518,6 +543,7 @@ def measure_edges(
         measured=scores.measured & edges,
         node_nats=nan,
         node_se=nan,
+        frozen=frozen,
     )
 
 
@@ -553,7 +579,7 @@ def _ablated_logits(
     x = t.inputs[s, name]
     x = x if x.shape[1] == 1 else x[:, port.row_of[nodes] if x.shape[1] <= int(port.row_of.max()) + 1 else nodes]
     x = x + _carried(port.port, rearrange(replaced, "k b t d -> b k t d").to(heard) - heard, nodes, writers)
-    normed = port.port.norm.apply(x) if port.port.norm is not None else x
+    normed = port.port.norm.for_nodes(nodes).apply(x) if port.port.norm is not None else x
     reads = []
     for q, other in enumerate(plan.ports):
         for r, read in enumerate(other.reads):

@@ -312,9 +312,10 @@ def _leaf(inner: Callable[[Tensor], Tensor] | None) -> Callable[[Tensor], Tensor
 
 
 def gradients_of(t: Trace, output: Tensor, cotangent: Tensor | None = None, *, retain: bool = False) -> Gradients:
-    """The gradients of an output of a run at all its reads and, where no edge is cut, at its totals."""
+    """The gradients of an output of a run at all its reads and, where no edge is cut, at its totals; zero where they
+    are stopped (:func:`unweave.freezing.hold`)."""
     stages = () if t.graph.is_cut else t.graph.channels
     flat = [r for reads in t.reads.values() for r in reads] + [t.total[s] for s in stages]
-    got = iter(torch.autograd.grad(output, flat, cotangent, retain_graph=retain))
+    got = iter(torch.autograd.grad(output, flat, cotangent, retain_graph=retain, materialize_grads=True))
     reads = {key: [next(got) for _ in reads] for key, reads in t.reads.items()}
     return Gradients(reads, {s: next(got) for s in stages})

@@ -19,6 +19,7 @@ from unweave.circuits.dimensions import narrow_circuit
 from unweave.circuits.distance import Distance
 from unweave.data import TokenData
 from unweave.errors import InputError
+from unweave.freezing import check_frozen, hold
 from unweave.graph import Graph
 from unweave.progress import counter
 from unweave.scope import Scope, divergence
@@ -58,6 +59,7 @@ def find_circuit(
     means: Means | None = None,
     method: str = "auto",
     scores: EdgeScores | None = None,
+    frozen: str = "none",
     level: str = "edge",
     samples: int = 4,
     max_trials: int = 400,
@@ -86,6 +88,8 @@ def find_circuit(
             of a graph with at most 256, where an attribution saves little and can miss saturated edges, and takes
             "fisher" otherwise.
         scores: known already.
+        frozen: what the scores and the gradients that guide the search hold, see :func:`score_edges`; measurements hold
+            nothing. With ``scores``, what these hold.
         level: "edge"; "node": all edges between the nodes kept, and nodes are what is chosen; or "subspace": an edge
             may keep only some dimensions (:func:`narrow_circuit`, from a circuit of whole edges, a little closer).
         max_trials: measurements at most; the search stops there with what it has.
@@ -117,13 +121,14 @@ def find_circuit(
         Greedy selection on measured effects: Conmy et al. 2023 (ACDC); ranking by attribution: Syed et al. 2023.
     """
     _check(graph, edges, kl_nats, faithfulness, level)
+    _check_held(frozen, scores)
     scope = scope or Scope()
     options: dict[str, Any] = {"batch_size": batch_size, "progress": progress}
     instead, data = replacement(graph, data, ablation, means=means, seed=seed, **options)
     if method == "auto":
         method = "exact" if graph.n_edges <= FEW_EDGES else "fisher"
     if scores is None:
-        given: dict[str, Any] = {"ablation": ablation, "means": instead.means, "method": method}
+        given: dict[str, Any] = {"ablation": ablation, "means": instead.means, "method": method, "frozen": frozen}
         scores = score_edges(graph, data, scope, samples=samples, seed=seed, **given, **options)
     distance = Distance(graph, data, scope, instead, batch_size, checkpoint)
     with counter("measuring circuits", max_trials, show=progress) as count:
@@ -154,6 +159,12 @@ def _check(graph: Graph, edges: int | None, nats: float | None, faithfulness: fl
         raise InputError(f"level must be one of {', '.join(LEVELS)}, got {level!r}")
     if graph.is_cut:
         raise InputError("this graph has cut edges already; give the whole graph, a circuit is found in one go")
+
+
+def _check_held(frozen: str, scores: EdgeScores | None) -> None:
+    check_frozen(frozen)
+    if scores is not None and frozen not in ("none", scores.frozen):
+        raise InputError(f"frozen={frozen!r} does not fit the scores given, which hold: {scores.frozen}; leave it out")
 
 
 @dataclass
@@ -392,7 +403,7 @@ class _Search:
     def _slope(self, keep: Tensor) -> Float[Tensor, "ports writers"]:
         """The first-order change of the divergence, in nats per token, when an edge carries what its writer writes."""
         d = self.distance
-        cut, total = d.instead.cut(self.graph, keep), torch.zeros(keep.shape)
+        cut, total = hold(d.instead.cut(self.graph, keep), self.scores.frozen), torch.zeros(keep.shape)
         for number, batch in enumerate(d.batches):
             other = d.other(number)
             t = differentiable_trace(cut, batch, other=other)

@@ -21,6 +21,7 @@ from unweave.errors import InputError, ShapeError, UnknownNameError
 from unweave.export.grid import Scores, score_matrix
 from unweave.files import write_json
 from unweave.graph import Graph
+from unweave.scoring import EdgeScores
 
 __all__ = ["MAX_LINKS", "Prompt", "to_attribution_graph"]
 
@@ -37,10 +38,12 @@ class Prompt:
         tokens: the strings of its tokens.
         values: ``[pos ports writers]``, by the position at which the edge is read; or ``[to from ports writers]``, by
             the position the reading node writes to and the one it reads from, which shows what heads carry along.
+        frozen: what was held when they were made, see :func:`unweave.score_edges`; "" where that is not known.
     """
 
     tokens: Sequence[str]
     values: Float[Tensor, "pos ports writers"] | Float[Tensor, "to from ports writers"]
+    frozen: str = ""
 
 
 def to_attribution_graph(
@@ -62,6 +65,7 @@ def to_attribution_graph(
             get no link.
         slug: the graph's name on the page.
         labels: what nodes are called there, by name; their names otherwise.
+        description: for people; how the scores were made and what was frozen is added to it.
         max_links: only the strongest so many are kept; at most 50,000, with which pages stay usable.
 
     Returns:
@@ -107,7 +111,10 @@ def to_attribution_graph(
             "prompt_tokens": list(prompt.tokens),
             "prompt": "".join(prompt.tokens),
             "schema_version": 1,
-            "info": {"description": description, "generator": {"name": "unweave", "version": __version__}},
+            "info": {
+                "description": _described(description, scores),
+                "generator": {"name": "unweave", "version": __version__},
+            },
         },
         "qParams": {
             "pinnedIds": [],
@@ -121,6 +128,13 @@ def to_attribution_graph(
     }
     write_json(path, data)
     return Path(path)
+
+
+def _described(description: str, scores: Scores | Prompt) -> str:
+    """The description with what is known of the scores: the format has no other place for it."""
+    frozen = "" if isinstance(scores, Tensor) else scores.frozen
+    known = {"method": scores.method if isinstance(scores, EdgeScores) else "", "frozen": frozen}
+    return "; ".join([*filter(None, [description]), *(f"{k}: {v}" for k, v in known.items() if v)])
 
 
 Place = tuple[int, int]  # position, place of the node in graph.nodes

@@ -13,12 +13,12 @@ from torch import Tensor
 from unweave.data import Batch, TokenData
 from unweave.errors import EmptyDataError, InputError, UnknownNameError
 from unweave.execution import Trace, check_inputs, trace
+from unweave.freezing import clean_pattern
 from unweave.graph import Graph
 from unweave.heads.detectors import DETECTORS, View
 from unweave.heads.scores import HeadScores, summarise
 from unweave.ops import Attention
 from unweave.paths import ov_circuit
-from unweave.paths.freezing import clean_pattern
 from unweave.statistics import Sums, accumulate, check_finite
 
 __all__ = ["score_heads"]

@@ -2,7 +2,7 @@
 
 from unweave.ops.cores import ACTIVATIONS, Activation, Attention, Context, Core, FloatInput, Lookup, Readout, Rotary
 from unweave.ops.linear import Dense, Identity, LinearMap, LowRank, Masked, Pivoted, Repeated, Stacked, mask_numbers
-from unweave.ops.norms import LayerNorm, Norm, RMSNorm
+from unweave.ops.norms import LayerNorm, Norm, RMSNorm, norm_bias
 
 __all__ = [
     "ACTIVATIONS",
@@ -26,4 +26,5 @@ __all__ = [
     "Repeated",
     "Stacked",
     "mask_numbers",
+    "norm_bias",
 ]

@@ -11,12 +11,12 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from unweave import tree
 
-__all__ = ["LayerNorm", "Norm", "RMSNorm"]
+__all__ = ["LayerNorm", "Norm", "RMSNorm", "norm_bias"]
 
 
 class Norm(ABC):
@@ -42,6 +42,15 @@ class Norm(ABC):
         normed, inverse = self.standardise(x)
         g = self.fold(g)
         return inverse * (g - normed * (g * normed).mean(-1, keepdim=True))
+
+    @property
+    def is_linear(self) -> bool:
+        """Whether the scale is held, so that the Jacobian is s F alone."""
+        return False
+
+    def for_nodes(self, nodes: Int[Tensor, " n"]) -> Norm:
+        """The norm in front of a row of nodes picked, with repetition, out of a stage's."""
+        return self
 
     @property
     def n_parameters(self) -> int:
@@ -105,3 +114,10 @@ class LayerNorm(Norm):
     def fold(self, weight: Float[Tensor, "... d"]) -> Float[Tensor, "... d"]:
         weight = weight * self.gain
         return weight - weight.mean(-1, keepdim=True)
+
+
+def norm_bias(norm: Norm | None, like: Float[Tensor, "... d"]) -> Float[Tensor, " d"]:
+    """The constant that a norm adds, whatever it hears."""
+    if isinstance(norm, LayerNorm) and norm.bias is not None:
+        return norm.bias.to(like)
+    return like.new_zeros(like.shape[-1])

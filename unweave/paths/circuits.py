@@ -13,7 +13,7 @@ from torch import Tensor
 
 from unweave.errors import InputError
 from unweave.graph import Graph, Stage
-from unweave.ops import Attention, Rotary
+from unweave.ops import Attention, Rotary, norm_bias
 from unweave.paths.weights import (
     check_table,
     embedded_tokens,
@@ -21,7 +21,6 @@ from unweave.paths.weights import (
     node_bias,
     node_read,
     node_write,
-    norm_bias,
     port_of,
     readout_weight,
     wide,

@@ -14,8 +14,8 @@ from torch import Tensor
 from unweave.data import Batch, TokenData
 from unweave.errors import EmptyDataError, InputError
 from unweave.execution import Trace, check_inputs, trace
+from unweave.freezing import check_frozen, freeze
 from unweave.graph import Edge, Graph
-from unweave.paths.freezing import check_frozen, freeze
 from unweave.scope import Scope, divergence, position_mask
 from unweave.statistics import Sums, accumulate, check_finite, collect_means
 
@@ -78,7 +78,7 @@ def path_effect(
         InputError: no path, edges that do not join or are cut, a mean is missing, an unknown word, or a graph whose
             cut edges hear another input.
         UnknownNameError: an unknown node or port.
-        UnsupportedModelError: see :func:`unweave.paths.freeze`.
+        UnsupportedModelError: see :func:`unweave.freezing.freeze`.
         EmptyDataError: the scope selects no position.
 
     Cost:

@@ -12,10 +12,10 @@ from torch import Tensor
 
 from unweave.errors import InputError, UnsupportedModelError
 from unweave.execution import PortPlan, Trace, check_inputs, trace
+from unweave.freezing import clean_pattern, clean_scale
 from unweave.graph import Graph
-from unweave.ops import Attention, Readout, RMSNorm
-from unweave.paths.freezing import clean_pattern, clean_scale
-from unweave.paths.weights import check_token_ids, norm_bias, wide
+from unweave.ops import Attention, Readout, RMSNorm, norm_bias
+from unweave.paths.weights import check_token_ids, wide
 
 __all__ = ["PathExpansion", "expand_paths"]
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from unweave.errors import InputError, ShapeError, UnknownNameError
 from unweave.graph import Edge, Graph, Port, Stage
-from unweave.ops import Attention, LayerNorm, LinearMap, Lookup, LowRank, Norm, Readout, RMSNorm, Stacked
+from unweave.ops import Attention, LinearMap, Lookup, LowRank, Readout, RMSNorm, Stacked
 
 __all__ = [
     "check_table",
@@ -25,7 +25,6 @@ __all__ = [
     "node_bias",
     "node_read",
     "node_write",
-    "norm_bias",
     "port_of",
     "readout_weight",
     "virtual_weight",
@@ -176,13 +175,6 @@ def node_bias(stage: Stage, i: int, port: str, read: int = 0) -> Float[Tensor, "
     if reads.bias is None:
         return torch.zeros(rows.stop - rows.start, device=stage.device)
     return wide(reads.bias)[rows]
-
-
-def norm_bias(norm: Norm | None, like: Float[Tensor, "... d"]) -> Float[Tensor, " d"]:
-    """The constant that a norm adds, whatever it hears."""
-    if isinstance(norm, LayerNorm) and norm.bias is not None:
-        return norm.bias.to(like)
-    return like.new_zeros(like.shape[-1])
 
 
 def node_write(
