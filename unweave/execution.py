@@ -22,7 +22,7 @@ from unweave.errors import InputError, ShapeError, UnknownNameError, UnweaveErro
 from unweave.graph import Edge, Graph, Port, Read, Stage
 from unweave.ops import Attention, Context, Dense, Identity, LinearMap, LowRank, Norm, RMSNorm
 
-__all__ = ["Run", "Trace", "check_inputs", "finish_stage", "plan_of", "run", "run_stages", "trace", "uncut"]
+__all__ = ["Patch", "Run", "Trace", "check_inputs", "finish_stage", "plan_of", "run", "run_stages", "trace", "uncut"]
 
 Patch = Tensor | Callable[[Tensor], Tensor]
 
