@@ -352,8 +352,8 @@ class _Pair(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class _Wiring:
-    writer_sets: Bool[Tensor, "sets writers"]
-    port_sets: Bool[Tensor, "sets ports"]
+    writer_sets: Bool[Tensor, "writer_sets writers"]
+    port_sets: Bool[Tensor, "port_sets ports"]
     pairs: tuple[_Pair, ...]
 
 

@@ -7,19 +7,29 @@ from typing import TypeAlias
 
 import numpy as np
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from unweave.ablation import batch_trace
 from unweave.circuits.distance import bootstrap
 from unweave.data import Batch, TokenData
-from unweave.errors import EmptyDataError, InputError
+from unweave.errors import EmptyDataError, InputError, UnknownNameError
 from unweave.evaluation import Estimate
-from unweave.execution import Patch, check_inputs, trace
+from unweave.execution import Patch, StagePlan, check_inputs, trace
 from unweave.graph import Graph
 from unweave.progress import track
 from unweave.scope import Scope, divergence, position_mask
 
-__all__ = ["Patches", "blocks_of", "nats_per_token", "patched_nats", "refuse_resampling"]
+__all__ = [
+    "Patches",
+    "blocks_of",
+    "by_stage",
+    "nats_per_token",
+    "patched_nats",
+    "port_row",
+    "refuse_resampling",
+    "writing_nodes",
+]
 
 # the patches of one run; made anew for every batch, since they may depend on it and remember what they have seen
 Patches: TypeAlias = Callable[[Batch], Mapping[str, Patch]]
@@ -43,6 +53,38 @@ def blocks_of(graph: Graph) -> dict[str, tuple[str, ...]]:
             raise InputError(f"module {node!r} has the name of a node outside it; give it another name")
         out.setdefault(graph.modules.get(node, node), []).append(node)
     return {block: tuple(nodes) for block, nodes in out.items()}
+
+
+def writing_nodes(graph: Graph, block: str) -> tuple[str, ...]:
+    """The nodes of a block.
+
+    Raises:
+        UnknownNameError: no such block.
+        InputError: the output is one of them.
+    """
+    blocks = blocks_of(graph)
+    if block not in blocks:
+        raise UnknownNameError("module", block, blocks)
+    silent = [n for n in blocks[block] if n not in graph.writers]
+    if silent:
+        raise InputError(f"module {block!r} holds the output {silent[0]}, which writes nothing that could be replaced")
+    return blocks[block]
+
+
+def by_stage(graph: Graph, nodes: tuple[str, ...]) -> dict[int, tuple[str, ...]]:
+    """The nodes of a module by stage, in execution order."""
+    out: dict[int, tuple[str, ...]] = {}
+    for n in nodes:
+        out[graph.where[n][0]] = (*out.get(graph.where[n][0], ()), n)
+    return out
+
+
+def port_row(x: Tensor, plan: StagePlan, name: str, i: int) -> Float[Tensor, "batch pos d_model"]:
+    """What node i hears at a port, from what a kept run holds for all nodes of its stage."""
+    (port,) = [p for p in plan.ports if p.port.name == name]
+    if x.shape[1] == 1:
+        return x[:, 0]
+    return x[:, int(port.row_of[i]) if x.shape[1] == int(port.row_of.max()) + 1 else i]
 
 
 def refuse_resampling(graph: Graph) -> None:
