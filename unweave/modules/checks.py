@@ -55,7 +55,8 @@ class Ablated:
         nats: the effect, in nats per token.
         interaction: effect of both - sum of their effects; None for one module.
         random_nats, random_interactions: the same for random sets of nodes, as many in every stage.
-        percentile: the share of random sets with a smaller effect (equal ones count half); NaN without random sets.
+        percentile: the share of random sets with a smaller effect (equal ones count half); NaN without random sets,
+            as for a module that fills its stages.
         interaction_percentile: the share of random pairs with a smaller interaction in absolute value.
     """
 
@@ -160,7 +161,7 @@ def ablate_modules(
         (1 + n_random) forward passes for every module, (1 + 3 n_random) for every pair.
 
     Exact?
-        Effects are measured. A module that fills its stages has no other set like it: its percentile is 0.5.
+        Effects are measured. A module that fills its stages has no other set like it, and so no percentile.
 
     Example:
         >>> import unweave
@@ -188,7 +189,7 @@ def ablate_modules(
     drawn: dict[tuple[str, ...], list[list[Nodes]]] = {}
     for group in groups:
         own = [chosen[b] for b in group]
-        drawn[group] = [own] + [_random_sets(graph, own, generator) for _ in range(n_random)]
+        drawn[group] = [own, *_random_sets(graph, own, n_random, generator)]
         for some in drawn[group]:
             for part in (*some, tuple(n for nodes in some for n in nodes)):
                 if frozenset(part) not in sets:
@@ -230,8 +231,16 @@ def _silenced(graph: Graph, instead: Replacement, nodes: Iterable[str]) -> Graph
     return instead.cut(graph, graph.edge_matrix & torch.tensor([w not in gone for w in graph.writers]))
 
 
-def _random_sets(graph: Graph, own: Sequence[Nodes], generator: torch.Generator) -> list[Nodes]:
-    """Disjoint random sets of nodes; the k-th has as many nodes in every stage as ``own[k]``."""
+def _random_sets(graph: Graph, own: Sequence[Nodes], n: int, generator: torch.Generator) -> list[list[Nodes]]:
+    """Disjoint random sets of nodes, n times; the k-th has as many nodes in every stage as ``own[k]``.
+
+    What was drawn by chance and is the modules themselves is left out: where nothing else is possible, nothing is left.
+    """
+    drawn = [_draw_sets(graph, own, generator) for _ in range(n)]
+    return [sets for sets in drawn if [set(nodes) for nodes in sets] != [set(nodes) for nodes in own]]
+
+
+def _draw_sets(graph: Graph, own: Sequence[Nodes], generator: torch.Generator) -> list[Nodes]:
     out: list[list[str]] = [[] for _ in own]
     for s, stage in enumerate(graph.stages):
         order = iter(torch.randperm(len(stage.nodes), generator=generator).tolist())
@@ -323,7 +332,7 @@ class Swaps:
 
     @property
     def violations(self) -> list[tuple[str, str]]:
-        """(module swapped, block changed) where no edges lead from one to the other, rounding left out: must be none."""
+        """(module swapped, block changed) where no edges lead from one to the other; must be none."""
         return [
             (s.block, b)
             for s in self.swapped.values()
@@ -423,8 +432,7 @@ def swap_interfaces(
     generator = torch.Generator().manual_seed(seed)
     graph_blocks = blocks_of(graph)
     own = {
-        b: [nodes, *(_random_sets(graph, [nodes], generator)[0] for _ in range(n_random))]
-        for b, nodes in chosen.items()
+        b: [nodes, *(r[0] for r in _random_sets(graph, [nodes], n_random, generator))] for b, nodes in chosen.items()
     }
     cuts = {(b, i): _swapped_edges(graph, nodes, what) for b, sets in own.items() for i, nodes in enumerate(sets)}
     seen = _measure_changes(graph, pair_at_random(data, seed), scope, cuts, **options)
@@ -438,7 +446,7 @@ def swap_interfaces(
             {o: seen.change((b, 0), o, seed) for o in others},
             frozenset(o for o in others if likely & set(graph_blocks[o])),
             frozenset(o for o in others if possible & set(graph_blocks[o])),
-            {o: tuple(seen.change((b, i), o, seed).value for i in range(1, n_random + 1)) for o in others},
+            {o: tuple(seen.change((b, i), o, seed).value for i in range(1, len(own[b]))) for o in others},
             changed,
         )
     return Swaps(swapped, what, len(data))
