@@ -470,10 +470,14 @@ def _reached(graph: Graph, nodes: Nodes, what: str, keep: Bool[Tensor, "ports wr
     port_node = [p.rpartition(".")[0] for p in graph.ports]
     fresh = (keep & _crosses(graph, nodes, what)).any(1)
     out = {n for n, hit in zip(port_node, fresh.tolist(), strict=True) if hit}
-    for node in graph.nodes:
-        rows = torch.tensor([n == node for n in port_node])
-        if bool((keep[rows] & torch.tensor([w in out for w in graph.writers])).any()):
-            out.add(node)
+    for stage in graph.stages:
+        for node in stage.nodes:
+            rows = torch.tensor([n == node for n in port_node])
+            if bool((keep[rows] & torch.tensor([w in out for w in graph.writers])).any()):
+                out.add(node)
+        # a norm of what a whole layer writes makes each of its nodes depend on all others
+        if stage.post is not None and out & set(stage.nodes):
+            out |= set(stage.nodes)
     return out
 
 

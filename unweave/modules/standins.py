@@ -53,6 +53,8 @@ class ModuleInputs:
     def values(self, head: str) -> Float[Tensor, "batch pos d_model"]:
         """What an attention head would write if it looked at one position only: O V norm(x), for every position.
 
+        A norm behind the layer's writes (Gemma), which depends on its other heads, is left out.
+
         Raises:
             UnknownNameError: not a head that writes now.
         """
