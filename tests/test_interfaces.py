@@ -24,6 +24,7 @@ from unweave.modules.patching import blocks_of
 from unweave.modules.recording import record_interface, run_module
 from unweave.modules.replacing import Replaced, replace_module, replacement_loss
 from unweave.scope import Scope, fisher_cotangent
+from unweave.statistics import collect_means
 from unweave.zoo.induction import after_earlier_copy
 from unweave.zoo.tracr import load_tracr, tracr_examples, true_edges
 
@@ -194,6 +195,20 @@ def test_what_is_narrowed_is_measured(data):
     assert losses[width] <= 0.1 * losses[0] < losses[width - 1]
     few = measure_interfaces(graph, data, max_directions=1)
     assert measured_width(few, data, *ends, 0.99) is None
+
+
+def test_means_may_differ_by_position(data):
+    graph = family("gpt2")
+    means = collect_means(graph, data, per_position=True)
+    found = measure_interfaces(graph, data, means=means, max_directions=2, measure_top=1)
+    first = found.interfaces[0]
+    silent = graph.restrict(graph.edge_matrix & ~graph.mark_edges(first.edges), means=means)
+    by_hand = kl_of(logits_of(graph, data), logits_of(silent, data), data.mask).sum() / data.n_tokens
+    assert first.effect.value == pytest.approx(by_hand, rel=1e-3)
+    # what only goes by the position (all that pos_embed writes) is then no message
+    assert (
+        found.between("pos_embed", "odd").nats < 1e-9 < measure_interfaces(graph, data).between("pos_embed", "odd").nats
+    )
 
 
 def test_dimensions_are_read_off_the_losses():
