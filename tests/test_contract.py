@@ -52,6 +52,7 @@ LAYERS = (
     "compression",
     "evaluation",
     "circuits",
+    "modules",
     "tasks",
     "hypotheses",
     "coarsening",

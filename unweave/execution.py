@@ -22,7 +22,19 @@ from unweave.errors import InputError, ShapeError, UnknownNameError, UnweaveErro
 from unweave.graph import Edge, Graph, Port, Read, Stage, at_positions
 from unweave.ops import Attention, Context, Dense, LinearMap, LowRank, Norm, RMSNorm
 
-__all__ = ["BEFORE", "Run", "Trace", "check_inputs", "finish_stage", "plan_of", "run", "run_stages", "trace", "uncut"]
+__all__ = [
+    "BEFORE",
+    "Patch",
+    "Run",
+    "Trace",
+    "check_inputs",
+    "finish_stage",
+    "plan_of",
+    "run",
+    "run_stages",
+    "trace",
+    "uncut",
+]
 
 Patch = Tensor | Callable[[Tensor], Tensor]
 

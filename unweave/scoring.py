@@ -57,10 +57,12 @@ __all__ = [
     "EdgeScores",
     "calibrate",
     "edge_products",
+    "mean_and_error",
     "measure_edges",
     "port_gradients",
     "score_edges",
     "scores_from",
+    "sequence_moments",
 ]
 
 METHODS = ("fisher", "eap", "eap-ig", "exact")
@@ -249,7 +251,7 @@ class _EdgeTally:
 
     def sums(self) -> Sums:
         mean = {name: torch.stack(values).mean(0) for name, values in self.gathered.items()}
-        return _moments(mean, self.scope, self.batch)
+        return sequence_moments(mean, self.scope, self.batch)
 
 
 @dataclass(frozen=True)
@@ -279,7 +281,7 @@ class _GradientStep:
                 value = -divergence(self.scope, clean.output, t.output, batch).sum()
             total.append(_Products(t, sent, n_pos, written)(gradients_of(t, value)).sum(1))
         edges = torch.stack(total).mean(0)
-        return _moments({"edge": edges, "node": edges.sum(1)}, self.scope, batch)
+        return sequence_moments({"edge": edges, "node": edges.sum(1)}, self.scope, batch)
 
     def _mixed_embedding(self, share: float, sent: Float[Tensor, "node #batch #pos d"]) -> Any:
         """The embedding on its way from what is sent instead to what it is (its copies, if it is unrolled, alike)."""
@@ -399,7 +401,7 @@ def _per_node(x: Float[Tensor, "#node batch_block within w"], weight: Float[Tens
     return flat.unflatten(1, x.shape[1:3])
 
 
-def _moments(values: Mapping[str, Tensor], scope: Scope, batch: Batch) -> Sums:
+def sequence_moments(values: Mapping[str, Tensor], scope: Scope, batch: Batch) -> Sums:
     """What means and standard errors need, from values per sequence."""
     tokens = position_mask(scope, batch).sum(1).double()
     out: Sums = {"tokens": tokens.sum(), "tokens2": tokens.square().sum()}
@@ -411,7 +413,7 @@ def _moments(values: Mapping[str, Tensor], scope: Scope, batch: Batch) -> Sums:
     return out
 
 
-def _mean_and_error(sums: Sums, name: str, n: int) -> tuple[Tensor, Tensor]:
+def mean_and_error(sums: Sums, name: str, n: int) -> tuple[Tensor, Tensor]:
     """Ratio of sums (nats per token), and its standard error over sequences by linearisation."""
     tokens = sums["tokens"]
     ratio = sums[name] / tokens
@@ -428,10 +430,10 @@ def scores_from(graph: Graph, sums: Sums, method: str, n: int) -> EdgeScores:
     """
     if float(sums["tokens"]) == 0:
         raise EmptyDataError("the scope selects no position of this data set")
-    nats, se = _mean_and_error(sums, "edge", n)
+    nats, se = mean_and_error(sums, "edge", n)
     if "block" in sums:
-        nats, se = _pool(graph, nats, *_mean_and_error(sums, "block", n))
-    node_nats, node_se = _mean_and_error(sums, "node", n)
+        nats, se = _pool(graph, nats, *mean_and_error(sums, "block", n))
+    node_nats, node_se = mean_and_error(sums, "node", n)
     nothing = ~graph.edge_matrix
     measured = torch.full_like(nothing, method == "exact") & ~nothing
     nats, se = nats.masked_fill(nothing, torch.nan), se.masked_fill(nothing, torch.nan)
@@ -527,7 +529,8 @@ def measure_edges(
             start = graph.port_starts[s, graph.stages[s].ports[port].name]
             first = graph.visible_writers(s).start
             out[:, start + rows, first + columns] = rearrange(values, "(k b) -> b k", k=len(rows)).float()
-        return _moments({"edge": out, "node": out.new_zeros(len(batch.index), len(graph.writers))}, scope, batch)
+        nodes = out.new_zeros(len(batch.index), len(graph.writers))
+        return sequence_moments({"edge": out, "node": nodes}, scope, batch)
 
     options: dict[str, Any] = {"batch_size": batch_size, "progress": progress, "checkpoint": checkpoint}
     marks = "".join("01"[int(b)] for b in edges.flatten().tolist())
