@@ -237,7 +237,7 @@ def cut_penalty(
 
 
 def rank_penalty(
-    matrices: Sequence[Float[Tensor, "*stack rows columns"]], *, kind: str = "log-det", floor: float = 1e-2
+    matrices: Sequence[Float[Tensor, "..."]], *, kind: str = "log-det", floor: float = 1e-2
 ) -> Float[Tensor, ""]:
     """A soft count of the directions that matrices use.
 
@@ -246,7 +246,7 @@ def rank_penalty(
     convex, which also shrinks what stays.
 
     Args:
-        matrices: weights, or the products that matter: for attention ``W_V @ W_O`` and ``W_Q @ W_K.mT`` per head,
+        matrices: ``[... rows columns]``: weights, or the products that matter: for attention ``W_V @ W_O`` and ``W_Q @ W_K.mT`` per head,
             whose rank is the head's whatever basis its code is written in. Leading axes are a stack of matrices.
         kind: "log-det" or "nuclear".
         floor: the strength below which a direction hardly counts ("log-det").
@@ -256,6 +256,7 @@ def rank_penalty(
 
     Raises:
         InputError: an unknown kind, a floor that is not positive, or no matrix.
+        ShapeError: a tensor of fewer than two dimensions.
 
     Cost:
         A decomposition per matrix: O(rows columns min(rows, columns)).
@@ -276,6 +277,9 @@ def rank_penalty(
         raise InputError(f"floor must be a positive number, got {floor}")
     if not matrices:
         raise InputError("give at least one matrix to the rank penalty")
+    for matrix in matrices:
+        if matrix.ndim < 2:
+            raise ShapeError(f"a matrix has at least two dimensions, got {tuple(matrix.shape)}; leave biases out")
     return torch.stack([_spectral(m if m.dtype == torch.float64 else m.float(), kind, floor) for m in matrices]).sum()
 
 

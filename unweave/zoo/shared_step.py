@@ -1,9 +1,9 @@
 """Two tasks that begin alike: find the marked word; then say it, or say its successor.
 
-A sequence is eight words, one of them marked, and a task token, at which the answer is asked. Whatever the task, some
-head has to find the mark and bring that word to the end; only then do the tasks part ways. So a network that reuses has a head that both tasks
-need. Which heads and neurons are needed for which task is measured by ablating each alone (``known(model)``).
-Labels are smoothed, so that no logit has to grow for ever.
+A sequence is eight words, one of them marked, and a task token, at which the answer is asked. Whatever the task, the
+only head has to find the mark and bring that word to the end; only then do the tasks part ways, in the MLP. (With two
+heads, training gives each task a head of its own and there is no reuse.) Which heads and neurons are needed for which
+task is measured by ablating each alone (``known(model)``). Labels are smoothed, so that no logit has to grow for ever.
 """
 
 from __future__ import annotations

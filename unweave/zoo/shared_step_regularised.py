@@ -22,9 +22,7 @@ PRICE = 1e-4
 SEQUENCES = 16
 
 
-def penalty(
-    model: ToyTransformer, tokens: Int[Tensor, "n pos"], generator: torch.Generator
-) -> Float[Tensor, ""]:
+def penalty(model: ToyTransformer, tokens: Int[Tensor, "n pos"], generator: torch.Generator) -> Float[Tensor, ""]:
     """The price of the weights that some sequences of the batch need for their answers."""
     some = tokens[:SEQUENCES]
     return PRICE * edge_nats_penalty(model, some, where=some >= shared_step.COPY, generator=generator)
