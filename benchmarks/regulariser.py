@@ -3,8 +3,9 @@
     python -m benchmarks.regulariser
 
 Every penalty's strength is the largest of a few whose loss, on seeds and data of their own (TUNING), is at most 1.5%
-above that without a penalty; L1 and weight decay are tuned by the same rule: that is "at matched loss". Then five networks each are trained for the same steps. The parameters needed are found by bisection over the size on
-calibration data (KL to the network itself at most 0.01 nats), and loss and KL are measured on held-out data.
+above that without a penalty; L1 and weight decay are tuned by the same rule: that is "at matched loss". Then five
+networks each are trained for the same steps. The parameters needed are found by bisection over the size on calibration
+data (KL to the network itself at most 0.01 nats), and loss and KL are measured on held-out data.
 
 "numbers" are what the graph's channels store, biases and masks included; "live" leaves out what dead neurons store, and
 "weights" counts kept weights only.
@@ -159,14 +160,15 @@ def main() -> None:
     reference = sum(loss(trained(seed, None), TUNING_DATA) for seed in TUNING) / len(TUNING)
     plain = [measured(trained(seed, None)) for seed in SEEDS]
     rows = {"none": {"strength": 0.0, "seeds": plain, **summary(plain, plain)}}
+    result = {"target_nats": TARGET, "steps": two_tasks.STEPS, "best_loss": two_tasks.best_loss(), "rows": rows}
+    result |= {"allowed_loss_increase": ALLOWED, "n": len(SEEDS), "seed": list(SEEDS)}
     for name, (make, strengths) in PENALTIES.items():
         strength = tuned(make, strengths, reference)
         seeds = [measured(trained(seed, partial(make, strength))) for seed in SEEDS]
         rows[name] = {"strength": strength, "seeds": seeds, **summary(seeds, plain)}
-        found = rows[name]
-        print(name, strength, found["loss_increase"], found["times_smaller"], flush=True)
-    result = {"target_nats": TARGET, "steps": two_tasks.STEPS, "best_loss": two_tasks.best_loss(), "rows": rows}
-    save("regulariser", result | {"n": len(SEEDS), "seed": list(SEEDS)}, started, "python -m benchmarks.regulariser")
+        print(name, strength, rows[name]["loss_increase"], rows[name]["times_smaller"], flush=True)
+        # after every penalty: a run that is cut short leaves what it has measured
+        save("regulariser", result, started, "python -m benchmarks.regulariser")
 
 
 if __name__ == "__main__":

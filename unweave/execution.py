@@ -376,13 +376,11 @@ def _write_sum(plan: StagePlan, codes: Float[Tensor, "batch node pos width"]) ->
 def _write_each(
     plan: StagePlan, codes: Float[Tensor, "batch node pos width"]
 ) -> Float[Tensor, "batch node pos d_model"]:
-    if isinstance(plan.write, Identity):
-        each = codes
-    elif codes.shape[1] == 1:
+    if codes.shape[1] == 1:
         assert plan.write is not None
         each = plan.write.apply(codes)
     else:
-        each = codes @ plan.node_write
+        each = codes @ plan.node_write.to(codes)  # an identity's matrix knows no device
     post = plan.stage.post
     if post is None:
         return each

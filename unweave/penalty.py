@@ -246,8 +246,8 @@ def rank_penalty(
     convex, which also shrinks what stays.
 
     Args:
-        matrices: ``[... rows columns]``: weights, or the products that matter: for attention ``W_V @ W_O`` and ``W_Q @ W_K.mT`` per head,
-            whose rank is the head's whatever basis its code is written in. Leading axes are a stack of matrices.
+        matrices: ``[... rows columns]``: weights, or the products that matter: for attention ``W_V @ W_O`` and
+            ``W_Q @ W_K.mT`` per head, whose rank is the head's whatever basis its code is written in.
         kind: "log-det" or "nuclear".
         floor: the strength below which a direction hardly counts ("log-det").
 

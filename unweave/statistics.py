@@ -172,7 +172,8 @@ def _write_means(graph: Graph, s: int, codes: Float[Tensor, "nodes #pos width"])
     """What the nodes of stage s write at these codes, in the codes' precision."""
     plan = plan_of(graph).stages[s]
     assert plan.write is not None
-    return codes if isinstance(plan.write, Identity) else codes @ plan.node_write.to(codes)
+    whole = isinstance(plan.write, Identity) and len(codes) == 1  # neurons apart write a coordinate each
+    return codes if whole else codes @ plan.node_write.to(codes)
 
 
 def replacement(

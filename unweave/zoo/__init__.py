@@ -65,7 +65,7 @@ def load(name: str) -> nn.Module:
         >>> load("induction").config.n_layers
         2
         >>> load("two_tasks")[0].in_features
-        6
+        10
     """
     return load_folder(weights_folder(name))
 

@@ -85,8 +85,10 @@ def load_mlp(folder: str | Path) -> nn.Sequential:
     if not isinstance(config, dict) or config.get("model_type") != MODEL_TYPE:
         raise CorruptFileError(f"{folder}/config.json is not that of an MLP of the zoo")
     widths = config.get("widths")
+    if not isinstance(widths, list) or not all(type(n) is int for n in widths):
+        raise CorruptFileError(f"{folder}/config.json: widths must be a list of integers, got {widths!r}")
     try:
-        settings = MlpConfig(tuple(widths) if isinstance(widths, list) else ())
+        settings = MlpConfig(tuple(widths))
     except InputError as error:
         raise CorruptFileError(f"{folder}/config.json: {error}") from error
     with torch.device("meta"):

@@ -53,7 +53,7 @@ def batch(n: int, generator: torch.Generator) -> tuple[Int[Tensor, "n pos"], Int
     Example:
         >>> tokens, answers, tasks = batch(2, torch.Generator().manual_seed(0))
         >>> tokens[0].tolist(), int(answers[0]), TASKS[int(tasks[0])]
-        ([32, 3, 4, 29, 11, 15, 11, 15, 1, 34], 13, 'copy')
+        ([5, 0, 19, 11, 3, 7, 9, 3, 32], 3, 'copy')
     """
     task = torch.randint(len(TASKS), (n, 1), generator=generator)
     words = torch.randint(N_WORDS, (n, LENGTH), generator=generator)

@@ -108,8 +108,8 @@ def best_loss() -> float:
 def known(model: nn.Sequential) -> dict[str, Any]:
     """What is known of the mechanism, measured: which task each neuron serves, by ablating it alone (brute force).
 
-    "modules" has the neurons that cost a task at least ``LEAST_NATS`` when set to their mean, each with the task that it
-    costs more; "purity" is the least share that this task has in all nats a neuron costs.
+    "modules" has the neurons that cost a task at least ``LEAST_NATS`` when set to their mean, under the task that they
+    cost more; "purity" is the least share that this task has in all nats a neuron costs.
     """
     x, pairs = batch(DATA_SIZE, torch.Generator().manual_seed(2))
     effects = neuron_effects(model, x, TASKS)
