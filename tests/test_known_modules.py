@@ -44,6 +44,16 @@ def test_perceptrons_are_captured_with_their_data(name):
     assert small.n_channel_parameters <= 0.8 * graph.n_channel_parameters
 
 
+@pytest.mark.parametrize("name", ["two_tasks", "shared_step"])
+def test_rooms_are_decompiled(name):
+    """Neither reads what it writes, so there is no next-token loss, and all the rest is there."""
+    result = unweave.decompile(f"zoo:{name}", size=0.9, sequences=24, held_out=16, measure_top=2, progress=False)
+    row = result.faithfulness["decompiled graph"]
+    assert math.isnan(row.loss_nats.value)
+    assert 0 <= row.kl_nats.value < 1
+    assert row.n_tokens == 16
+
+
 @pytest.mark.parametrize("name", ["retina", "shared_step"])
 def test_rooms_are_trained_and_saved_like_the_others(name, tmp_path):
     model = train_room(name, tmp_path, seed=3, steps=2)
