@@ -9,6 +9,7 @@ COMMANDS = {
     "exactness": [["benchmarks.exactness"]],
     "edges": [["benchmarks.edges"]],
     "scope": [["benchmarks.scope"]],
+    "regulariser": [["benchmarks.regulariser"]],
     "speed": [["benchmarks.speed"]],
     "compression": [["benchmarks.compression", "pylm"], ["benchmarks.compression", "stories260K"]],
 }

@@ -37,6 +37,7 @@ LAYERS = (
     "files",
     "ops",
     "graph",
+    "penalty",
     "zoo",
     "architectures",
     "execution",

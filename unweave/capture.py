@@ -166,8 +166,8 @@ def load_model(name: str | Path) -> nn.Module:
         if "true_edges" in config or "residual_labels" in config:
             return load_tracr(folder).eval()
         model_type = config.get("model_type")
-        if model_type == "unweave-toy":
-            return ToyTransformer.load(folder).eval()
+        if model_type in zoo.MODEL_TYPES:
+            return zoo.load_folder(folder).eval()
         if not isinstance(model_type, str) or model_type not in HUGGING_FACE:
             raise UnsupportedModelError(
                 f"{text}: the family {model_type!r} is not supported; supported: {', '.join(sorted(HUGGING_FACE))}. "

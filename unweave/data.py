@@ -340,8 +340,10 @@ def load_data(
     name = str(source)
     if name.startswith("zoo:"):
         module = zoo.room(name.removeprefix("zoo:"))
-        tokens, answered = module.data(limit) if limit else module.data()
-        return from_tensor(tokens, labels={"answered": answered}, source=name, vocabulary=vocabulary)
+        inputs, answered = module.data(limit) if limit else module.data()
+        if inputs.is_floating_point():
+            return dataclasses.replace(float_data(inputs, {"answered": answered}), source=name)
+        return from_tensor(inputs, labels={"answered": answered}, source=name, vocabulary=vocabulary)
     mapped = _map_npy(Path(name).expanduser(), context, limit, vocabulary)
     if mapped is not None:
         return mapped

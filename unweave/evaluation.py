@@ -129,7 +129,8 @@ def _count(t: _Tally, scope: Scope, batch: Batch, reference: Tensor, logits: Ten
     mask = position_mask(scope, batch).to(logits.device)
     kl = divergence(scope, reference, logits, batch)
     same = agreement(reference, logits) & mask
-    if batch.inputs.is_floating_point():
+    # reals, or tokens that are no outputs: the network does not say what comes next
+    if batch.inputs.is_floating_point() or int(batch.inputs.max()) >= logits.shape[-1]:
         cross, real = torch.full_like(kl, torch.nan), mask
     else:
         cross, real = loss(logits, batch)

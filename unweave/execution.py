@@ -410,7 +410,7 @@ def _write_each(
     elif codes.shape[1] == 1:
         each = plan.write.apply(codes)
     else:
-        each = codes @ plan.node_write
+        each = codes @ plan.node_write.to(codes)  # an identity's matrix knows no device
     post = plan.stage.post
     if post is None:
         return each

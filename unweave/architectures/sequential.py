@@ -49,6 +49,8 @@ def capture_sequential(model: nn.Sequential) -> Graph:
         "name": "mlp",
         "family": "sequential",
         "n_layers": len(layers),
+        "n_heads": None,
+        "d_model": None,
         "d_input": size,
         "d_out": width,
     }

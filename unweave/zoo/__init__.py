@@ -5,14 +5,40 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from torch import nn
+
 from unweave.errors import UnknownNameError
 from unweave.files import read_json
-from unweave.zoo import induction, modular_addition
+from unweave.zoo import induction, modular_addition, retina, shared_step, shared_step_regularised, two_tasks
+from unweave.zoo.mlp import MODEL_TYPE, MlpConfig, load_mlp, make_mlp, save_mlp
 from unweave.zoo.toy import ToyConfig, ToyTransformer
 
-__all__ = ["ROOMS", "ToyConfig", "ToyTransformer", "known", "load", "room", "weights_folder"]
+__all__ = [
+    "MODEL_TYPES",
+    "ROOMS",
+    "MlpConfig",
+    "ToyConfig",
+    "ToyTransformer",
+    "known",
+    "load",
+    "load_folder",
+    "room",
+    "save",
+    "untrained",
+    "weights_folder",
+]
 
-ROOMS: dict[str, ModuleType] = {"induction": induction, "modular_addition": modular_addition}
+# what the "model_type" of a saved model's config may be
+MODEL_TYPES = ("unweave-toy", MODEL_TYPE)
+
+ROOMS: dict[str, ModuleType] = {
+    "induction": induction,
+    "modular_addition": modular_addition,
+    "retina": retina,
+    "shared_step": shared_step,
+    "shared_step_regularised": shared_step_regularised,
+    "two_tasks": two_tasks,
+}
 
 
 def room(name: str) -> ModuleType:
@@ -32,14 +58,43 @@ def weights_folder(name: str) -> Path:
     return Path(str(resources.files("unweave.zoo"))) / "weights" / name
 
 
-def load(name: str) -> ToyTransformer:
-    """The trained model of a room.
+def load(name: str) -> nn.Module:
+    """The trained model of a room: a :class:`ToyTransformer`, or an ``nn.Sequential``.
 
     Example:
         >>> load("induction").config.n_layers
         2
+        >>> load("two_tasks")[0].in_features
+        10
     """
-    return ToyTransformer.load(weights_folder(name))
+    return load_folder(weights_folder(name))
+
+
+def load_folder(folder: str | Path) -> nn.Module:
+    """The model that :func:`save` wrote to a folder.
+
+    Raises:
+        CorruptFileError: config and weights do not fit each other.
+        NonFiniteError: a weight is NaN or infinite.
+    """
+    config = read_json(Path(folder) / "config.json")
+    is_mlp = isinstance(config, dict) and config.get("model_type") == MODEL_TYPE
+    return load_mlp(folder) if is_mlp else ToyTransformer.load(folder)
+
+
+def save(model: nn.Module, folder: str | Path, **facts: Any) -> None:
+    """Write a room's model to a folder, with what is known of it."""
+    if isinstance(model, nn.Sequential):
+        save_mlp(model, folder, **facts)
+    else:
+        assert isinstance(model, ToyTransformer)
+        model.save(folder, **facts)
+
+
+def untrained(name: str) -> nn.Module:
+    """A room's model before training; torch's seed decides which."""
+    config = room(name).CONFIG
+    return make_mlp(config) if isinstance(config, MlpConfig) else ToyTransformer(config)
 
 
 def known(name: str) -> dict[str, Any]:

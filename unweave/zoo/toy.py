@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +20,9 @@ from torch import Tensor, nn
 from unweave.errors import CorruptFileError, InputError, NonFiniteError
 from unweave.files import read_json, read_tensors, write_json, write_tensors
 
-__all__ = ["ToyConfig", "ToyTransformer", "from_weights", "per_head"]
+__all__ = ["ToyConfig", "ToyTransformer", "fill", "from_weights", "per_head"]
+
+M = TypeVar("M", bound=nn.Module)
 
 MAX_SIZE = 1 << 20
 MAX_LAYERS = 128
@@ -218,6 +220,16 @@ def from_weights(config: ToyConfig, weights: Mapping[str, Tensor], where: str) -
     # on "meta" nothing is allocated: a config that lies about its sizes costs no memory
     with torch.device("meta"):
         model = ToyTransformer(config)
+    return fill(model, weights, where)
+
+
+def fill(model: M, weights: Mapping[str, Tensor], where: str) -> M:
+    """A model made on "meta", given weights nobody vouches for; in float32 and evaluation mode.
+
+    Raises:
+        CorruptFileError: weights and model do not fit each other.
+        NonFiniteError: a weight is NaN or infinite.
+    """
     expected = {name: tuple(t.shape) for name, t in model.state_dict().items()}
     got = {name: tuple(t.shape) for name, t in weights.items()}
     wrong = sorted(name for name in expected.keys() | got.keys() if expected.get(name) != got.get(name))

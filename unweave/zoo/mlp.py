@@ -1,0 +1,137 @@
+"""Plain multilayer perceptrons of the zoo: ``nn.Sequential`` with its sizes in a config."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from unweave.errors import CorruptFileError, InputError
+from unweave.files import read_json, read_tensors, write_json, write_tensors
+from unweave.zoo.toy import fill
+
+__all__ = ["MODEL_TYPE", "MlpConfig", "linear_layers", "load_mlp", "make_mlp", "neuron_effects", "save_mlp"]
+
+MODEL_TYPE = "unweave-mlp"
+MAX_WIDTH = 1 << 20
+MAX_LAYERS = 128
+
+
+@dataclass(frozen=True)
+class MlpConfig:
+    """Sizes of a perceptron with a ReLU after every layer but the last.
+
+    Attributes:
+        widths: of the input, of each hidden layer, of the output.
+    """
+
+    widths: tuple[int, ...]
+    name: str = "mlp"
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.widths, tuple) or not 2 <= len(self.widths) <= MAX_LAYERS:
+            raise InputError(f"an MLP has from 2 to {MAX_LAYERS} widths (input, hidden layers, output)")
+        if not all(type(n) is int and 0 < n < MAX_WIDTH for n in self.widths) or not isinstance(self.name, str):
+            raise InputError(f"widths of an MLP must be positive integers below {MAX_WIDTH}, got {self.widths!r}")
+
+    @property
+    def d_out(self) -> int:
+        """How many logits there are."""
+        return self.widths[-1]
+
+
+def make_mlp(config: MlpConfig) -> nn.Sequential:
+    """A fresh perceptron; ``nn.Linear`` initialises it.
+
+    Example:
+        >>> [type(layer).__name__ for layer in make_mlp(MlpConfig((2, 3, 4)))]
+        ['Linear', 'ReLU', 'Linear']
+    """
+    layers: list[nn.Module] = []
+    for before, after in pairwise(config.widths):
+        layers += [nn.Linear(before, after), nn.ReLU()]
+    return nn.Sequential(*layers[:-1])
+
+
+def linear_layers(model: nn.Sequential) -> list[nn.Linear]:
+    """The linear layers in order."""
+    return [layer for layer in model if isinstance(layer, nn.Linear)]
+
+
+def save_mlp(model: nn.Sequential, folder: str | Path, **facts: Any) -> None:
+    """Write config.json and model.safetensors; ``facts`` (what is known of the mechanism) go into the config."""
+    folder = Path(folder)
+    layers = linear_layers(model)
+    widths = [layers[0].in_features, *(layer.out_features for layer in layers)]
+    write_tensors(folder / "model.safetensors", model.state_dict())
+    write_json(folder / "config.json", {"model_type": MODEL_TYPE, "widths": widths, **facts})
+
+
+def load_mlp(folder: str | Path) -> nn.Sequential:
+    """The perceptron saved in a folder, in evaluation mode.
+
+    Raises:
+        CorruptFileError: config and weights do not fit each other.
+        NonFiniteError: a weight is NaN or infinite.
+    """
+    folder = Path(folder)
+    config = read_json(folder / "config.json")
+    if not isinstance(config, dict) or config.get("model_type") != MODEL_TYPE:
+        raise CorruptFileError(f"{folder}/config.json is not that of an MLP of the zoo")
+    widths = config.get("widths")
+    if not isinstance(widths, list) or not all(type(n) is int for n in widths):
+        raise CorruptFileError(f"{folder}/config.json: widths must be a list of integers, got {widths!r}")
+    try:
+        settings = MlpConfig(tuple(widths))
+    except InputError as error:
+        raise CorruptFileError(f"{folder}/config.json: {error}") from error
+    with torch.device("meta"):
+        model = make_mlp(settings)
+    return fill(model, read_tensors(folder / "model.safetensors")[0], str(folder))
+
+
+@torch.no_grad()
+def neuron_effects(
+    model: nn.Sequential,
+    inputs: Float[Tensor, "n features"],
+    tasks: dict[str, Int[Tensor, " d_out"]],
+) -> dict[str, dict[str, float]]:
+    """By neuron and task: the KL, in nats, between the task's answers with and without the neuron. Brute force.
+
+    One neuron at a time is set to its mean over the inputs, and the whole network is run again.
+
+    Args:
+        tasks: for each task, the class that each output stands for.
+
+    Returns:
+        ``{"layers.0.part.3": {"a": nats, "b": nats}, ...}`` of all hidden neurons.
+    """
+    clean = _class_log_p(model(inputs), tasks)
+    found: dict[str, dict[str, float]] = {}
+    hidden = inputs
+    for number, layer in enumerate(linear_layers(model)[:-1]):
+        hidden = F.relu(layer(hidden))
+        later = list(model)[2 * number + 2 :]
+        for neuron in range(hidden.shape[1]):
+            x = hidden.clone()
+            x[:, neuron] = hidden[:, neuron].mean()
+            for module in later:
+                x = module(x)
+            other = _class_log_p(x, tasks)
+            found[f"layers.{number}.part.{neuron}"] = {
+                task: float((p.exp() * (p - other[task])).sum(1).mean().clamp(min=0)) for task, p in clean.items()
+            }
+    return found
+
+
+def _class_log_p(
+    logits: Float[Tensor, "n d_out"], tasks: dict[str, Int[Tensor, " d_out"]]
+) -> dict[str, Float[Tensor, "n _"]]:
+    p = logits.double().softmax(1)
+    return {task: (p @ F.one_hot(classes).double()).clamp(min=1e-30).log() for task, classes in tasks.items()}
