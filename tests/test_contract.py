@@ -51,6 +51,7 @@ LAYERS = (
     "compression",
     "evaluation",
     "circuits",
+    "modules",
     "tasks",
     "storage",
     "subspaces",

@@ -81,13 +81,13 @@ class Criterion:
 
         partition = log2 p(n) + log2 (n! / (product of block sizes! * product over sizes of how many blocks have it!))
 
-    Inside a block everything may talk to everything, so nothing is said about which edges are there. Between blocks the
-    kept edges are listed (their number, then which), and what a dropped edge carried is lost on every token. The kept
-    edges are those that make L least, which sorting by (tokens * nats_e / ln 2 - b_e) finds exactly, since the list
-    costs the same whichever k edges are on it. p(n) is the number of ways to write n as a sum: the block sizes are named
-    first, then which nodes they hold, so that a few blocks beside many nodes on their own are cheap to name. One block
-    (everything inside) and all nodes apart (everything listed) are descriptions like any other: a network without modules
-    is described best by one of them.
+    Inside a block everything may talk to everything, so nothing is said about which edges are there. Between blocks
+    the kept edges are listed (their number, then which), and what a dropped edge carried is lost on every token. The
+    kept edges are those that make L least, which sorting by (tokens * nats_e / ln 2 - b_e) finds exactly, since the
+    list costs the same whichever k edges are on it. p(n) is the number of ways to write n as a sum: the block sizes
+    are named first, then which nodes they hold, so that a few blocks beside many nodes on their own are cheap to
+    name. One block (everything inside) and all nodes apart (everything listed) are descriptions like any other: a
+    network without modules is described best by one of them.
 
     b_e = log2(tokens) / 2 bits, the price of one parameter measured on so many tokens; times the edge's effective
     dimensions where ``by_dimension`` is set.
@@ -106,11 +106,12 @@ class Criterion:
         O(n^2) per partition after sorting n^2 pairs once.
 
     Exact?
-        The list of kept edges is the best one. Nats of dropped edges are added up: the second order without what edges do
-        together.
+        The list of kept edges is the best one. Nats of dropped edges are added up: the second order without what
+        edges do together.
 
     Source:
-        Rissanen 1978, "Modeling by shortest data description"; Gruenwald 2007, "The Minimum Description Length Principle".
+        Rissanen 1978, "Modeling by shortest data description"; Gruenwald 2007, "The Minimum Description Length
+        Principle".
     """
 
     communication: Communication
@@ -150,7 +151,7 @@ class Criterion:
     def describe(self, partition: Partition) -> Description:
         """L of one partition, part by part."""
         if partition.nodes != self.communication.nodes:
-            raise InputError("the partition is one of other nodes; take the nodes of the communication, in their order")
+            raise InputError("the partition is one of other nodes; take the communication's nodes")
         parts = [float(part[0]) for part in self._parts(torch.tensor([partition.labels]))]
         named, inner, interface, lost, n_inner, n_kept, n_cross = parts
         nats = lost * math.log(2) / self.tokens

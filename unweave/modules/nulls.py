@@ -1,7 +1,7 @@
 """What a network without modules would look like: the same strengths rewired, weights shuffled, weights drawn anew.
 
-Nothing is a module because an algorithm returned it: every search finds some partition in every graph. A partition means
-something where graphs that share all but the modules (sizes, layers, strengths of nodes) give worse ones.
+Nothing is a module because an algorithm returned it: every search finds some partition in every graph. A partition
+means something where graphs that share all but the modules (sizes, layers, strengths of nodes) give worse ones.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ FITTING_STEPS = 40
 def shuffle_weights(graph: Graph, generator: torch.Generator) -> Graph:
     """The graph with the entries of every linear map and table permuted, each among themselves.
 
-    Every tensor keeps its numbers and loses its structure; tied tensors stay tied; biases, norms and edges stay. Zeros that
-    a :class:`~unweave.ops.Masked` map leaves out stay out.
+    Every tensor keeps its numbers and loses its structure; tied tensors stay tied; biases, norms and edges stay.
+    Zeros that a :class:`~unweave.ops.Masked` map leaves out stay out.
 
     Source:
         Filan et al. 2021, "Clusterability in Neural Networks" (shuffled within layers).
@@ -51,7 +51,7 @@ def shuffle_weights(graph: Graph, generator: torch.Generator) -> Graph:
 
 
 def reinitialise(graph: Graph, generator: torch.Generator) -> Graph:
-    """The graph with the entries of every linear map and table drawn anew from a normal of the same mean and deviation.
+    """The graph with every linear map and table drawn anew from a normal of the same mean and deviation.
 
     Example:
         >>> import torch, unweave
@@ -81,8 +81,8 @@ def _replace_weights(graph: Graph, function: Callable[[Tensor], Tensor]) -> Grap
 def expected_nats(communication: Communication, possible: Bool[Tensor, "nodes nodes"]) -> Float[Tensor, "nodes nodes"]:
     """What each pair would say if it mattered only who reads, who writes and how many layers lie between.
 
-    e[j, i] = r_j w_i d(layer_j - layer_i) on possible pairs, with the factors fitted by iterative proportional fitting so that
-    every node reads and writes, and every distance carries, as many nats as were measured.
+    e[j, i] = r_j w_i d(layer_j - layer_i) on possible pairs, with the factors fitted by iterative proportional
+    fitting so that every node reads and writes, and every distance carries, as many nats as were measured.
 
     Exact?
         After 40 steps the sums agree to a few parts in a thousand, wherever zeros let them agree at all.
@@ -111,12 +111,13 @@ def rewire(
 ) -> list[Communication]:
     """Communication graphs with the same weights, readers, writers and layers, and otherwise random.
 
-    The degree-preserving rewiring of a weighted graph in execution order, by ranks. The nats of all possible pairs are
-    replaced by normal scores u (ties share theirs), u[j, i] = reads_j + writes_i + far_(layer_j - layer_i) + rest is fitted by
-    least squares, the rest is rotated at random (a Gaussian vector of the same length in the same space), and the measured
-    nats are dealt out again in the order of the new scores. So every node reads and writes as before, by mean score;
-    neighbouring layers that talk much do so still: layers are not modules; and the weights are the very same, sparse and
-    heavy-tailed as they were. (Fitting sums of nats instead would give each outlier to its node, and nulls that are too even.)
+    The degree-preserving rewiring of a weighted graph in execution order, by ranks. The nats of all possible pairs
+    are replaced by normal scores u (ties share theirs), u[j, i] = reads_j + writes_i + far_(layer_j - layer_i) +
+    rest is fitted by least squares, the rest is rotated at random (a Gaussian vector of the same length in the same
+    space), and the measured nats are dealt out again in the order of the new scores. So every node reads and writes
+    as before, by mean score; neighbouring layers that talk much do so still: layers are not modules; and the weights
+    are the very same, sparse and heavy-tailed as they were. (Fitting sums of nats instead would give each outlier to
+    its node, and nulls that are too even.)
 
     Args:
         count: how many to draw.
@@ -131,7 +132,8 @@ def rewire(
         A test against it is exact where normal scores are additive and Gaussian; sums of nats are kept only roughly.
 
     Source:
-        For graphs without weights: Maslov & Sneppen 2002, "Specificity and stability in topology of protein networks";
+        For graphs without weights: Maslov & Sneppen 2002, "Specificity and stability in topology of protein
+        networks";
         rotations: Langsrud 2005, "Rotation tests".
     """
     nats = _nats(communication)

@@ -136,7 +136,7 @@ class Partition:
             Hubert & Arabie 1985, "Comparing partitions".
         """
         if set(self.nodes) != set(other.nodes):
-            raise InputError("partitions of different nodes cannot be compared; take .restricted(nodes) of both first")
+            raise InputError("partitions of different nodes cannot be compared; take .restricted(nodes) first")
         return float(adjusted_rand_score(self.labels, other.restricted(self.nodes).labels))
 
     def n_cut(self, weights: Float[Tensor, "nodes nodes"]) -> float:
@@ -160,7 +160,7 @@ class Partition:
         return (1 + self.n_cut(weights)) / self.n_blocks
 
     def modularity(self, weights: Float[Tensor, "nodes nodes"]) -> float:
-        """Newman's Q: sum over blocks of inside(b) / W - (vol(b) / W)^2, with W the sum of all weights, each pair twice.
+        """Newman's Q: sum over blocks of inside(b) / W - (vol(b) / W)^2, with W the sum of all degrees.
 
         0 for one block; below 1. 0 where there is no weight at all.
 

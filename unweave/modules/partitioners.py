@@ -29,15 +29,17 @@ Weights = Float[Tensor, "nodes nodes"]
 
 
 def spectral_partitions(nodes: tuple[str, ...], weights: Weights, max_blocks: int, seed: int = 0) -> list[Partition]:
-    """Least normalised cuts into 2, 3, ... ``max_blocks`` blocks, relaxed to eigenvectors of the normalised Laplacian.
+    """Least normalised cuts into 2, 3, ... ``max_blocks`` blocks, relaxed to eigenvectors of the Laplacian.
 
-    As scikit-learn's ``SpectralClustering(assign_labels="cluster_qr")``, with one decomposition for all numbers of blocks.
+    As scikit-learn's ``SpectralClustering(assign_labels="cluster_qr")``, with one decomposition for all numbers of
+    blocks.
 
     Args:
         weights: symmetric, not negative, zero diagonal.
 
     Source:
-        Shi & Malik 2000; labels from the eigenvectors by pivoted QR (Damle et al. 2019), which needs no starts at random.
+        Shi & Malik 2000; labels from the eigenvectors by pivoted QR (Damle et al. 2019), which needs no starts at
+        random.
 
     Example:
         >>> two_pairs = torch.tensor([[0, 1, 0, 0], [1, 0, 0.1, 0], [0, 0.1, 0, 1], [0, 0, 1, 0]])
@@ -69,7 +71,8 @@ def louvain_partitions(nodes: tuple[str, ...], weights: Weights, max_blocks: int
         weights: symmetric, not negative, zero diagonal.
 
     Source:
-        Blondel et al. 2008, "Fast unfolding of communities in large networks"; resolution: Reichardt & Bornholdt 2006.
+        Blondel et al. 2008, "Fast unfolding of communities in large networks"; resolution: Reichardt & Bornholdt
+        2006.
 
     Example:
         >>> two_pairs = torch.tensor([[0, 1, 0, 0], [1, 0, 0.1, 0], [0, 0.1, 0, 1], [0, 0, 1, 0]])
@@ -99,10 +102,11 @@ def sbm_partitions(
 
         G(P) = 1/2 sum over blocks r, s of M_rs log(M_rs / E_rs)
 
-    with M and E the sums of weights and of ``expected`` between blocks. Blocks are joined where G falls least, from all
-    nodes apart down to two blocks; at each number of blocks from ``max_blocks`` down, single nodes then move while G rises.
-    How many blocks there are is left to the criterion, a description length. With e_ij = what strengths, execution order
-    and layers explain (:func:`unweave.modules.nulls.expected_nats`), layers alone make no blocks.
+    with M and E the sums of weights and of ``expected`` between blocks. Blocks are joined where G falls least, from
+    all nodes apart down to two blocks; at each number of blocks from ``max_blocks`` down, single nodes then move
+    while G rises. How many blocks there are is left to the criterion, a description length. With e_ij = what
+    strengths, execution order and layers explain (:func:`unweave.modules.nulls.expected_nats`), layers alone make no
+    blocks.
 
     Args:
         weights: symmetric, not negative, zero diagonal.
@@ -113,8 +117,9 @@ def sbm_partitions(
         O(n^3) for the joins, O(n B^3) for each move.
 
     Source:
-        Karrer & Newman 2011, "Stochastic blockmodels and community structure in networks"; joining: Peixoto 2014, "Efficient
-        Monte Carlo and greedy heuristic for the inference of stochastic block models". Own code: graph-tool is LGPL.
+        Karrer & Newman 2011, "Stochastic blockmodels and community structure in networks"; joining: Peixoto 2014,
+        "Efficient Monte Carlo and greedy heuristic for the inference of stochastic block models". Own code:
+        graph-tool is LGPL.
 
     Example:
         >>> two_pairs = torch.tensor([[0, 1, 0, 0], [1, 0, 0.1, 0], [0, 0.1, 0, 1], [0, 0, 1, 0]])
