@@ -46,48 +46,54 @@ class Description:
     """What it takes to describe the communication through a partition.
 
     Attributes:
-        partition_bits: to say which node is in which block.
-        inner_bits: for all possible edges inside blocks.
-        interface_bits: to say which edges between blocks are kept, and for these edges.
-        lost_bits: for what the dropped edges would have said.
-        lost_nats: the same in nats per token.
-        n_inner, n_kept, n_dropped: possible edges inside blocks; edges between blocks.
+        partition_bits: to say which node is in which block; infinite where blocks talk less inside than between.
+        inner_bits: to list the kept edges inside blocks, and for these edges.
+        interface_bits: the same between blocks.
+        lost_inside_bits, lost_bits: for what the dropped edges inside and between blocks would have said.
+        lost_inside_nats, lost_nats: the same in nats per token; the latter are lost through the interfaces.
+        n_inner, n_kept_inside: possible edges inside blocks, and how many are kept.
+        n_between, n_kept: the same between blocks.
     """
 
     partition_bits: float
     inner_bits: float
     interface_bits: float
+    lost_inside_bits: float
     lost_bits: float
+    lost_inside_nats: float
     lost_nats: float
     n_inner: int
+    n_kept_inside: int
+    n_between: int
     n_kept: int
-    n_dropped: int
 
     @property
     def bits(self) -> float:
         """All of it."""
-        return self.partition_bits + self.inner_bits + self.interface_bits + self.lost_bits
+        listed = self.partition_bits + self.inner_bits + self.interface_bits
+        return listed + self.lost_inside_bits + self.lost_bits
 
 
 @dataclass(frozen=True, eq=False)
 class Criterion:
     """The description length, in bits, of a communication graph seen through a partition.
 
-    With n nodes, c the number of edges that execution order allows between blocks and k of them kept::
+    The edges that execution order allows fall in two lists, those inside blocks and those between blocks::
 
-        L(P) = partition + sum of b_e over the possible edges inside blocks
-               + log2 (c + 1) + log2 (c choose k) + sum of b_e over the kept edges
-               + sum of tokens * nats_e / ln 2 over the dropped edges
+        L(P) = partition + list(inside) + list(between)
 
+        list(edges) = log2(c + 1) + log2(c choose k) + sum of b_e over the k kept edges out of these c
+                      + sum of tokens * nats_e / ln 2 over the dropped ones
         partition = log2 p(n) + log2 (n! / (product of block sizes! * product over sizes of how many blocks have it!))
 
-    Inside a block everything may talk to everything, so nothing is said about which edges are there. Between blocks
-    the kept edges are listed (their number, then which), and what a dropped edge carried is lost on every token. The
-    kept edges are those that make L least, which sorting by (tokens * nats_e / ln 2 - b_e) finds exactly, since the
-    list costs the same whichever k edges are on it. p(n) is the number of ways to write n as a sum: the block sizes
-    are named first, then which nodes they hold, so that a few blocks beside many nodes on their own are cheap to
-    name. One block (everything inside) and all nodes apart (everything listed) are descriptions like any other: a
-    network without modules is described best by one of them.
+    A list says how many edges are kept, which, and what they are; what a dropped edge carried is lost on every token.
+    The kept edges are those that make L least, which sorting by (tokens * nats_e / ln 2 - b_e) finds exactly, since a
+    list costs the same whichever k edges are on it. Two lists are shorter than one where most edges inside blocks are
+    kept and few between: inside a block everything may talk to everything and little has to be said about who does;
+    an interface is a short list. Blocks that talk less inside than between (layers) are no modules: L is infinite.
+    p(n) is the number of ways to write n as a sum: the block sizes are named first, then which nodes they hold, so that
+    a few blocks beside many nodes on their own are cheap to name. One block and all nodes apart have one list and cost
+    the same; they compete with the rest, and a network without modules is described best by them.
 
     b_e = log2(tokens) / 2 bits, the price of one parameter measured on so many tokens; times the edge's effective
     dimensions where ``by_dimension`` is set.
@@ -116,7 +122,7 @@ class Criterion:
 
     communication: Communication
     possible: Bool[Tensor, "nodes nodes"]
-    tokens: float
+    tokens: int
     by_dimension: bool = False
 
     def __post_init__(self) -> None:
@@ -144,34 +150,45 @@ class Criterion:
         return reader[order], writer[order], price[order], lost[order]
 
     def bits(self, labels: Int[Tensor, "candidates nodes"]) -> Float[Tensor, " candidates"]:
-        """L of many partitions at once, given as labels from 0 to n - 1."""
+        """L of many partitions at once, given as labels from 0 to n - 1 (infinite where modules talk more between)."""
         pieces = max(1, labels.shape[0] * max(1, len(self._pairs[0])) // AT_ONCE)
-        return torch.cat([sum(self._parts(piece)[:4]) for piece in labels.tensor_split(pieces)])  # type: ignore[misc]
+        return torch.cat([sum(self._parts(piece)[:5]) for piece in labels.tensor_split(pieces)])  # type: ignore[misc]
 
     def describe(self, partition: Partition) -> Description:
         """L of one partition, part by part."""
         if partition.nodes != self.communication.nodes:
             raise InputError("the partition is one of other nodes; take the communication's nodes")
         parts = [float(part[0]) for part in self._parts(torch.tensor([partition.labels]))]
-        named, inner, interface, lost, n_inner, n_kept, n_cross = parts
-        nats = lost * math.log(2) / self.tokens
-        return Description(named, inner, interface, lost, nats, int(n_inner), int(n_kept), int(n_cross - n_kept))
+        named, inner, interface, lost_inside, lost = parts[:5]
+        nats, counts = math.log(2) / self.tokens, [int(part) for part in parts[5:]]
+        return Description(named, inner, interface, lost_inside, lost, lost_inside * nats, lost * nats, *counts)
 
     def _parts(self, labels: Int[Tensor, "candidates nodes"]) -> tuple[Tensor, ...]:
-        reader, writer, price, lost = self._pairs
-        cross = (labels[:, reader] != labels[:, writer]).to(torch.float64)
-        first = torch.zeros(len(labels), 1, dtype=torch.float64)
-        n_cross = cross.sum(1, keepdim=True)
-        # column k of each: after the k best pairs, those inside blocks passed over
-        kept = torch.cat([first, cross.cumsum(1)], 1)
-        paid = torch.cat([first, (cross * price).cumsum(1)], 1) + _log2_choose(n_cross, kept)
-        gone = (cross @ lost)[:, None] - torch.cat([first, (cross * lost).cumsum(1)], 1)
+        """(bits of the partition, of both lists, of what both drop; sizes of the lists and edges kept in each)."""
+        reader, writer, _, _ = self._pairs
+        cross = labels[:, reader] != labels[:, writer]
+        inner, between = self._list(~cross), self._list(cross)
+        # blocks that talk less inside than between are no modules: their lists must not pay
+        n_inner, k_inner, n_cross, k_cross = inner[2], inner[3], between[2], between[3]
+        apart = k_inner * n_cross < k_cross * n_inner
+        extra = torch.where(apart, math.inf, 0.0)
+        named = _partition_bits(labels) + extra
+        return named, inner[0], between[0], inner[1], between[1], n_inner, k_inner, n_cross, k_cross
+
+    def _list(self, among: Bool[Tensor, "candidates pairs"]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """(bits of the best list of kept edges, bits lost on the others, how many pairs, how many kept)."""
+        _, _, price, lost = self._pairs
+        here = among.to(torch.float64)
+        first = torch.zeros(len(here), 1, dtype=torch.float64)
+        n_pairs = here.sum(1, keepdim=True)
+        # column k of each: after the k best pairs, those of the other list passed over
+        kept = torch.cat([first, here.cumsum(1)], 1)
+        paid = torch.cat([first, (here * price).cumsum(1)], 1) + _log2_choose(n_pairs, kept)
+        gone = (here @ lost)[:, None] - torch.cat([first, (here * lost).cumsum(1)], 1)
         best = (paid + gone).argmin(1, keepdim=True)
-        listed = paid.gather(1, best)[:, 0] + torch.log2(n_cross[:, 0] + 1)
-        dropped = gone.gather(1, best)[:, 0].clamp(min=0.0)
-        inner = price.sum() - cross @ price
-        n_inner = len(price) - n_cross[:, 0]
-        return _partition_bits(labels), inner, listed, dropped, n_inner, kept.gather(1, best)[:, 0], n_cross[:, 0]
+        listed = paid.gather(1, best) + torch.log2(n_pairs + 1)
+        dropped = gone.gather(1, best).clamp(min=0.0)
+        return listed[:, 0], dropped[:, 0], n_pairs[:, 0], kept.gather(1, best)[:, 0]
 
     def improve(self, partition: Partition, max_sweeps: int = 10) -> Partition:
         """Move single nodes between blocks, or out into blocks of their own, and join blocks, while L falls.
@@ -213,8 +230,9 @@ class Criterion:
         for partition in partitions:
             d = self.describe(partition)
             row = {"blocks": partition.n_blocks, "bits": d.bits, "partition_bits": d.partition_bits}
-            row |= {"inner_bits": d.inner_bits, "interface_bits": d.interface_bits, "lost_bits": d.lost_bits}
-            rows.append(row | {"lost_nats": d.lost_nats, "kept_edges": d.n_kept})
+            row |= {"inner_bits": d.inner_bits, "interface_bits": d.interface_bits}
+            row |= {"lost_inside_bits": d.lost_inside_bits, "lost_bits": d.lost_bits, "lost_nats": d.lost_nats}
+            rows.append(row | {"kept_inside": d.n_kept_inside, "kept_between": d.n_kept})
         return rows
 
 
