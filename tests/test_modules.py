@@ -182,13 +182,14 @@ def test_description_length_is_that_of_trying_everything(by_dimension):
     g = generator(3)
     possible = torch.ones(5, 5, dtype=torch.bool).tril(-1)
     possible[2, 1] = False
-    nats = 0.05 * torch.rand(5, 5, generator=g, dtype=torch.float64) ** 2 * possible
+    nats = 0.1 * torch.rand(5, 5, generator=g, dtype=torch.float64) ** 2 * possible
+    nats[1, 0] = 0.0
     told = Communication(tuple("abcde"), nats, 3 * torch.rand(5, 5, generator=g), (0, 1, 1, 2, 3))
     criterion = Criterion(told, possible, 100, by_dimension)
     every = set_partitions(5)
     bits = criterion.bits(torch.tensor(every))
     infinite = 0
-    for labels, found in list(zip(every, bits.tolist(), strict=True))[::3]:
+    for labels, found in list(zip(every, bits.tolist(), strict=True))[::2]:
         truth = plain_bits(told, possible, labels, 100, by_dimension)
         described = criterion.describe(Partition(told.nodes, labels))
         infinite += math.isinf(truth)
@@ -197,7 +198,7 @@ def test_description_length_is_that_of_trying_everything(by_dimension):
         n_inside = sum(labels[j] == labels[i] for j, i in possible.nonzero().tolist())
         assert (described.n_inner, described.n_between) == (n_inside, 9 - n_inside)
         assert math.isclose(described.lost_nats * 100 / math.log(2), described.lost_bits, abs_tol=1e-12)
-    assert 0 < infinite < 10
+    assert (by_dimension or infinite) and infinite < 20
 
 
 def test_steps_lead_to_a_partition_that_no_step_improves():
@@ -379,8 +380,8 @@ def test_random_graphs_have_modules_no_more_often_than_the_level(chain):
     # three nulls decide at a level of a quarter: as sharp a check of p as nineteen at a twentieth, at a fifth of the time
     n_graphs, level, false = 100, 0.25, {"saved_bits": 0, "modularity": 0, "n_cut": 0}
     for seed in range(n_graphs):
-        told, possible, _ = layered(4, 3, seed=1000 + seed, chain=chain)
-        options = {"tokens": 100, "n_null": 3, "level": level, "methods": ("spectral",), "max_blocks": 4}
+        told, possible, _ = layered(3, 3, seed=1000 + seed, chain=chain)
+        options = {"tokens": 100, "n_null": 3, "level": level, "methods": ("spectral",), "max_blocks": 3}
         found = modules_of(told, possible, seed=seed, **options)
         for name in false:
             false[name] += found.p["rewired", name] <= level
@@ -392,11 +393,13 @@ def test_random_graphs_have_modules_no_more_often_than_the_level(chain):
 
 def test_planted_blocks_are_found_and_weak_ones_less_and_less():
     mean = []
-    for between in (0.01, 0.3, 1.0):
+    for between in (0.01, 0.7, 5.0):
         agreement, yes = [], []
         for seed in range(5):
-            told, possible, truth = layered(5, 4, seed=seed, within=1.0, between=between)
-            found = modules_of(told, possible, tokens=300, n_null=19, seed=seed)
+            told, possible, truth = layered(5, 4, seed=seed, within=5.0, between=between)
+            # the nulls matter for the clear ones alone
+            options = {"n_null": 19, "methods": ("spectral", "sbm")} if between == 0.01 else {"n_null": 1, "level": 0.5}
+            found = modules_of(told, possible, tokens=300, seed=seed, **options)
             agreement.append(found.partition.adjusted_rand(truth))
             yes.append(found.significant())
         mean.append(sum(agreement) / 5)
@@ -407,7 +410,7 @@ def test_planted_blocks_are_found_and_weak_ones_less_and_less():
     assert abs(mean[2]) < 0.2
 
 
-def block_diagonal(seed, modular=True, width=8, depth=3, size=4):
+def block_diagonal(seed, modular=True, width=6, depth=3, size=4):
     """A plain MLP of two that do not talk to each other, neurons shuffled: (graph of neurons, data, their blocks)."""
     g = generator(seed)
     sizes = (size, *[width] * depth, size)
@@ -432,7 +435,8 @@ def test_neurons_of_two_networks_in_one_are_told_apart():
     for seed in range(5):
         graph, data, truth = block_diagonal(seed)
         nulls = ("rewired", "shuffled") if seed == 0 else ("rewired",)
-        found = find_modules(graph, data, GAUSSIAN, nulls=nulls, n_null=19, n_networks=19, seed=seed, batch_size=96)
+        options = {"n_null": 19, "n_networks": 19, "batch_size": 96, "methods": ("spectral", "sbm")}
+        found = find_modules(graph, data, GAUSSIAN, nulls=nulls, seed=seed, **options)
         assert found.partition.restricted(truth.nodes).adjusted_rand(truth) == 1.0
         assert found.significant()
     assert {null for null, _ in found.p} == {"rewired"}
@@ -485,7 +489,7 @@ def test_neurons_of_a_plain_layer_write_one_coordinate_each():
     names = [n for n in graph.nodes if n.startswith("layers.1.")]
     values = run(graph, inputs, record=names).values
     for k, name in enumerate(names):
-        assert bool((values[name][..., [i for i in range(8) if i != k]] == 0).all())
+        assert bool((values[name][..., [i for i in range(6) if i != k]] == 0).all())
     exact = score_edges(graph, data, GAUSSIAN, method="exact", batch_size=96)
     fisher = score_edges(graph, data, GAUSSIAN, samples=8, batch_size=96)
     edges = graph.edge_matrix
@@ -507,7 +511,7 @@ def test_nonsense_is_refused(induction, induction_data):
     with pytest.raises(InputError, match="n_networks=5"):
         find_modules(induction, induction_data, nulls=("shuffled",), n_networks=5)
     with pytest.raises(InputError, match="between 0 and 1"):
-        modules_of(told, possible, tokens=100, level=5)
+        modules_of(told, possible, tokens=100, level=5.0)
     with pytest.raises(InputError, match="max_blocks must be from 2 to 5"):
         modules_of(told, possible, tokens=100, max_blocks=6)
     with pytest.raises(InputError, match="nothing was held against a null"):

@@ -210,19 +210,16 @@ class Criterion:
             better = int(found.argmin())
             if not float(found[better]) < here - LEAST_GAIN_BITS:
                 break
-            labels = self._apply(labels, steps, found, here)
+            labels = self._best_together(labels, steps[found.argsort()][: int((found < here - LEAST_GAIN_BITS).sum())])
         return Partition(partition.nodes, tuple(labels.tolist()))
 
-    def _apply(self, labels: Tensor, steps: Tensor, found: Tensor, here: float) -> Tensor:
-        """The best step, and after it every other that helped alone and still helps."""
-        order = found.argsort()[: int((found < here - LEAST_GAIN_BITS).sum())]
-        start = labels
-        for step in steps[order]:
-            candidate = torch.where(step != start, step, labels)
-            there = float(self.bits(candidate[None])[0])
-            if there < here - LEAST_GAIN_BITS:
-                labels, here = candidate, there
-        return torch.unique(labels, return_inverse=True)[1]
+    def _best_together(self, labels: Tensor, steps: Tensor) -> Tensor:
+        """The best of taking the first step, the first two, ... of steps that each help alone."""
+        together = [labels]
+        for step in steps[: len(labels)]:
+            together.append(torch.where(step != labels, step, together[-1]))
+        taken = torch.stack(together[1:])
+        return torch.unique(taken[int(self.bits(taken).argmin())], return_inverse=True)[1]
 
     def table(self, partitions: tuple[Partition, ...]) -> list[dict[str, Any]]:
         """The curve: one plain row per partition."""
