@@ -279,6 +279,8 @@ def find_modules(
         found = []
         for number in track(range(n_networks), f"networks without modules ({null})", n_networks, show=progress):
             other = make(seed + number)
+            if other.nodes != graph.nodes:
+                raise InputError(f"an {null} network has other nodes than the graph; make and refine it the same way")
             told = communication(other, data, scope, seed=seed, progress=False, **measuring)
             found.append(Criterion(_rescaled(told, measured), possible_pairs(other), tokens, by_dimension))
         samples_of[null] = found
@@ -397,7 +399,7 @@ def _judge(
 
 def _test(null: str, statistic: str, value: float, found: list[float]) -> NullTest:
     there = torch.tensor(found, dtype=torch.float64)
-    mean, sd = float(there.mean()), float(there.std())
+    mean, sd = float(there.mean()), float(there.std()) if len(found) > 1 else 0.0
     as_good = int((STATISTICS[statistic] * there >= STATISTICS[statistic] * value - 1e-12).sum())
     z = (value - mean) / sd if sd > 0 else math.nan
     percentile = 100 * (1 - as_good / len(found))
