@@ -9,9 +9,10 @@ from itertools import accumulate, chain
 import torch
 from torch import Tensor
 
+from unweave import tree
 from unweave.errors import InputError
 from unweave.graph.parts import Port, Read, Stage
-from unweave.ops import Activation, Attention, Dense, LinearMap, LowRank, Masked
+from unweave.ops import Activation, Attention, Dense, Identity, LinearMap, LowRank, Masked
 
 __all__ = ["Parts", "part_names", "read_parts", "split_stage", "split_writers"]
 
@@ -48,7 +49,10 @@ def split_stage(stage: Stage, parts: Mapping[int, Parts]) -> Stage:
         raise InputError(f"all heads beside {stage.nodes[0]} must be split into equally many parts, got {counts}")
     starts = list(accumulate(stage.code_widths, initial=0))
     order = [starts[i] + c for i, node in enumerate(per_node) for part in node for c in part]
-    core, positions = stage.core, stage.positions
+    core, write, positions = stage.core, stage.write, stage.positions
+    if isinstance(write, Identity):  # what one part writes is as wide as the stream, its code is not
+        eye = torch.eye(write.size).to(next(t for _, t in tree.leaves(stage.ports)))
+        write = Masked.keep(eye, eye > 0)
     if isinstance(core, Attention):
         core = dataclasses.replace(core, n_heads=sum(counts))
     if positions is not None:
@@ -58,7 +62,7 @@ def split_stage(stage: Stage, parts: Mapping[int, Parts]) -> Stage:
         nodes=tuple(n for name, p in zip(stage.nodes, per_node, strict=True) for n in part_names(name, len(p))),
         ports=tuple(_split_port(stage, port, per_node) for port in stage.ports),
         core=core,
-        write=_pick_inputs(stage.write, order),
+        write=_pick_inputs(write, order),
         code_widths=tuple(len(part) for node in per_node for part in node),
         positions=positions,
     )

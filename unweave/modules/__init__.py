@@ -2,9 +2,12 @@
 
 from unweave.modules.checks import ModuleEffects, Swaps, ablate_modules, swap_interfaces
 from unweave.modules.interfaces import Interface, Interfaces, measure_interfaces, measured_width, narrowed_loss
+from unweave.modules.nulls import reinitialise, rewire, shuffle_weights
+from unweave.modules.partition import Partition
 from unweave.modules.patching import blocks_of
 from unweave.modules.recording import RecordedInterface, record_interface, run_module
 from unweave.modules.replacing import Replaced, ReplacementLoss, replace_module, replacement_loss
+from unweave.modules.search import Modules, find_modules, modules_of
 from unweave.modules.standins import ModuleInputs
 
 __all__ = [
@@ -12,18 +15,25 @@ __all__ = [
     "Interfaces",
     "ModuleEffects",
     "ModuleInputs",
+    "Modules",
+    "Partition",
     "RecordedInterface",
     "Replaced",
     "ReplacementLoss",
     "Swaps",
     "ablate_modules",
     "blocks_of",
+    "find_modules",
     "measure_interfaces",
     "measured_width",
+    "modules_of",
     "narrowed_loss",
     "record_interface",
+    "reinitialise",
     "replace_module",
     "replacement_loss",
+    "rewire",
     "run_module",
+    "shuffle_weights",
     "swap_interfaces",
 ]
