@@ -54,6 +54,7 @@ LAYERS = (
     "tasks",
     "storage",
     "subspaces",
+    "modules",
     "export",
     "generation",
     "report",
