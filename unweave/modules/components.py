@@ -67,8 +67,9 @@ class SharedSubspaces:
             sets in execution order. (A broadcast would join everything.)
         nats: of everything that travels in the graph, per token.
         covered: the share of it that the lines looked at hold.
-        overlap: from which overlap on two lines counted as one: the larger of what was asked for and of ``chance``.
-        chance: the 95th percentile of the overlap of lines in random directions, of the same writers.
+        overlap: from which overlap on two lines counted as one.
+        chance: the 95th percentile of the overlap of lines in random directions, heard by the same readers. Above
+            ``overlap``, two writers of one line need not have agreed on it: it is all that their readers can hear.
     """
 
     subspaces: tuple[SharedSubspace, ...]
@@ -125,11 +126,11 @@ def shared_subspaces(
        of i mix in what is felt. Line k is worth n[j, k] = nats[j, i] |B_j A_i z_k|^2 / |B_j A_i|^2 to reader j.
     2. *Overlap.* Let h_k be the vectors B_j A_i z_k of all readers in a row, scaled to |h_k|^2 = sum over j of n[j, k].
        The overlap of two lines is (h_k . h_l)^2 / (|h_k|^2 |h_l|^2): 1 if every reader feels them alike. Lines are one
-       where the mean overlap of two groups of them (average linkage) is at least ``overlap``, and above chance.
+       where the mean overlap of two groups of them (average linkage) is above ``overlap``.
     3. *Subspaces.* Lines with the same users (writers, readers with at least 10% of its nats) make one subspace.
 
     Args:
-        overlap: from which overlap on two lines are one, above 0 and at most 1.
+        overlap: from which overlap on two lines are one, above 0 and below 1.
         means, samples, batch_size, seed, checkpoint: see :func:`unweave.modules.communication`.
 
     Returns:
@@ -152,15 +153,15 @@ def shared_subspaces(
         >>> graph = unweave.capture("zoo:induction")
         >>> data = unweave.load_data("zoo:induction", limit=16)
         >>> found = shared_subspaces(graph, data, unweave.Scope(positions="answered"))
-        >>> [list(s.writers) for s in found.of_kind("private line") if "blocks.1.attn.head.1" in s.readers][-1]
-        ['blocks.0.attn.head.0']
+        >>> ["blocks.0.attn.head.0"] in [list(line.writers) for line in found.of_kind("private line")]
+        True
 
     Source:
         Elhage et al. 2021, "A Mathematical Framework for Transformer Circuits" (subspaces of the stream as bandwidth);
         Merullo et al. 2024, "Talking Heads: Understanding Inter-Layer Communication in Transformer Language Models".
     """
-    if not 0 < overlap <= 1:
-        raise InputError(f"overlap must be above 0 and at most 1, got {overlap}")
+    if not 0 < overlap < 1:
+        raise InputError(f"overlap must be above 0 and below 1, got {overlap}")
     if any(stage.visible[0] != 0 for stage in graph.stages):
         raise InputError("this graph has no residual stream that all nodes share; shared_subspaces looks at one")
     options: dict[str, Any] = {"batch_size": batch_size, "progress": progress, "checkpoint": checkpoint}
@@ -172,12 +173,11 @@ def shared_subspaces(
     apart = lines.writer[:, None] != lines.writer
     null = _overlaps(_felt(found, random.to(lines.along), lines.scale)[0])[apart]
     chance = float(null.quantile(0.95)) if len(null) else 0.0
-    threshold = max(overlap, chance)
-    group = _cluster(_overlaps(lines.felt), threshold)
+    group = _cluster(_overlaps(lines.felt), overlap)
     subspaces = _subspaces(graph, lines, group, nats)
     total = float(nats.sum())
     components = _components(graph, subspaces, total)
-    return SharedSubspaces(subspaces, components, total, float(lines.nats.sum()) / total, threshold, chance)
+    return SharedSubspaces(subspaces, components, total, float(lines.nats.sum()) / total, overlap, chance)
 
 
 class _Lines(NamedTuple):

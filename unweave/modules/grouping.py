@@ -98,7 +98,8 @@ def neuron_similarity(stage: Stage, moments: ChannelMoments) -> Float[Tensor, "n
 
     - reads: of the input weights under the covariance C of the (normalised) input, (f_k C f_l)^2 / (f_k C f_k)(f_l C
       f_l); for a gated MLP, the mean over its reads;
-    - writes: of the output weights under the second moment G of the gradient at what the MLP writes, w_k G w_l likewise;
+    - writes: of the output weights under the second moment G of the gradient at what the MLP writes, w_k G w_l
+      likewise;
     - firing: of the codes, over tokens.
 
     A neuron that never varies, or that nothing feels, is like no other there. The diagonal is 0.
@@ -127,7 +128,7 @@ def _squared_correlations(second: Float[Tensor, "n n"]) -> Float[Tensor, "n n"]:
 def cluster_neurons(
     similarity: Float[Tensor, "neurons neurons"], groups: int | str = "auto", *, most_groups: int = 8
 ) -> NeuronGroups:
-    """Spectral clustering: Ward's linkage of the rows, at unit length, of the k leading eigenvectors of D^-1/2 S D^-1/2.
+    """Spectral clustering: Ward's linkage of the unit rows of the k leading eigenvectors of D^-1/2 S D^-1/2.
 
     "auto" takes the k of the greatest modularity Q = sum over groups of (share of similarity inside - (share of
     similarity that ends in it)^2), or a single group where Q stays below 0.3.

@@ -144,7 +144,7 @@ def centralisation(communication: Communication, *, draws: int = 200, seed: int 
         communication.nodes,
         traffic,
         between,
-        AgainstNull.of(gini(traffic), torch.tensor(ginis).double()),
+        AgainstNull.of(gini(traffic), torch.tensor(ginis, dtype=torch.float64)),
         AgainstNull.of(float(between.max()), torch.tensor(hubs, dtype=torch.float64)),
         draws,
     )
@@ -258,9 +258,9 @@ def reuse(
 ) -> Reuse:
     """On how many kinds of data each node works: whether a component is reused, or kept for one thing.
 
-    For node i and kind t: nats[i, t] = 1/2 E_t[(sum over all ports that hear i, and positions, of g . (y_i - m_i))^2] per
-    token, m_i the mean of what i writes over all kinds (each kind counting alike). share[i, t] = nats[i, t] / sum over
-    kinds; participation = exp(-sum over kinds of share log share).
+    For node i and kind t: nats[i, t] = 1/2 E_t[(sum over all ports that hear i, and positions, of g . (y_i - m_i))^2]
+    per token, m_i the mean of what i writes on that kind (a node that only tells the kinds apart does nothing within
+    one). share[i, t] = nats[i, t] / sum over kinds; participation = exp(-sum over kinds of share log share).
 
     Null: the sequences are dealt out to the kinds at random, as many to each as it has. A participation below it means
     that the node specialises; the null's own is below the number of kinds, since no two samples are quite alike.
@@ -282,8 +282,8 @@ def reuse(
         Two forward and ``samples`` backward passes over all data; memory sequences x nodes.
 
     Exact?
-        Nats are second-order attributions, see :func:`unweave.score_edges`. Nodes with few sequences that matter to them
-        have a null as wide as that deserves.
+        Nats are second-order attributions, see :func:`unweave.score_edges`. Where few sequences matter to a node, its
+        null is wide.
 
     Example:
         >>> import unweave
@@ -300,10 +300,11 @@ def reuse(
         raise InputError(f"samples must be at least 1 and draws at least 2, got {samples} and {draws}")
     scope = scope or Scope()
     options: dict[str, Any] = {"batch_size": batch_size, "progress": progress}
-    means = [collect_means(graph, kind, **options) for kind in data.values()]
-    instead = Replacement("mean", {name: torch.stack([m[name] for m in means]).mean(0) for name in graph.writers})
-    step = FisherPass(graph, scope, samples, seed, (_SequenceMeasure(scope, instead),))
-    found = [_per_sequence(step, kind, name, **options) for name, kind in data.items()]
+    found = []
+    for name, kind in data.items():
+        instead = Replacement("mean", collect_means(graph, kind, **options))
+        step = FisherPass(graph, scope, samples, seed, (_SequenceMeasure(scope, instead),))
+        found.append(_per_sequence(step, kind, name, **options))
     nats, tokens = torch.cat([f[0] for f in found]), torch.cat([f[1] for f in found])
     kind_of = torch.arange(len(found)).repeat_interleave(torch.tensor([len(f[1]) for f in found]))
     generator = torch.Generator().manual_seed(seed)
