@@ -59,6 +59,7 @@ LAYERS = (
     "coarsening",
     "storage",
     "subspaces",
+    "modules",
     "export",
     "generation",
     "report",

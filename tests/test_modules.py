@@ -19,7 +19,7 @@ from unweave.capture import capture
 from unweave.data import float_data
 from unweave.errors import InputError, ShapeError, UnknownNameError
 from unweave.execution import run
-from unweave.modules.communication import Communication, communication
+from unweave.modules.communication import Communication, measure_communication
 from unweave.modules.criterion import Criterion, possible_pairs
 from unweave.modules.nulls import expected_nats, reinitialise, rewire, shuffle_weights
 from unweave.modules.partition import Partition
@@ -495,7 +495,7 @@ def test_neurons_of_a_plain_layer_write_one_coordinate_each():
     fisher = score_edges(graph, data, GAUSSIAN, samples=8, batch_size=96)
     edges = graph.edge_matrix
     assert torch.corrcoef(torch.stack([exact.nats[edges], fisher.nats[edges]]))[0, 1] > 0.9
-    told = communication(graph, data, GAUSSIAN)
+    told = measure_communication(graph, data, GAUSSIAN)
     assert not bool(told.nats[~possible_pairs(graph)].any())
 
 

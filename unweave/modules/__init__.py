@@ -1,6 +1,9 @@
 """Modules: blocks of nodes, what crosses between them, what each does alone, and what may stand in for it."""
 
 from unweave.modules.checks import ModuleEffects, Swaps, ablate_modules, swap_interfaces
+from unweave.modules.communication import Communication, measure_communication
+from unweave.modules.components import SharedSubspace, SharedSubspaces, shared_subspaces
+from unweave.modules.grouping import group_neurons
 from unweave.modules.interfaces import Interface, Interfaces, measure_interfaces, measured_width, narrowed_loss
 from unweave.modules.nulls import reinitialise, rewire, shuffle_weights
 from unweave.modules.partition import Partition
@@ -9,8 +12,11 @@ from unweave.modules.recording import RecordedInterface, record_interface, run_m
 from unweave.modules.replacing import Replaced, ReplacementLoss, replace_module, replacement_loss
 from unweave.modules.search import Modules, find_modules, modules_of
 from unweave.modules.standins import ModuleInputs
+from unweave.modules.traffic import AgainstNull, Reuse, Traffic, centralisation, reuse
 
 __all__ = [
+    "AgainstNull",
+    "Communication",
     "Interface",
     "Interfaces",
     "ModuleEffects",
@@ -20,10 +26,17 @@ __all__ = [
     "RecordedInterface",
     "Replaced",
     "ReplacementLoss",
+    "Reuse",
+    "SharedSubspace",
+    "SharedSubspaces",
     "Swaps",
+    "Traffic",
     "ablate_modules",
     "blocks_of",
+    "centralisation",
+    "measure_communication",
     "find_modules",
+    "group_neurons",
     "measure_interfaces",
     "measured_width",
     "modules_of",
@@ -32,8 +45,10 @@ __all__ = [
     "reinitialise",
     "replace_module",
     "replacement_loss",
+    "reuse",
     "rewire",
     "run_module",
+    "shared_subspaces",
     "shuffle_weights",
     "swap_interfaces",
 ]

@@ -16,7 +16,7 @@ from torch import Tensor
 from unweave.data import TokenData
 from unweave.errors import InputError, UnknownNameError
 from unweave.graph import Graph
-from unweave.modules.communication import Communication, communication
+from unweave.modules.communication import Communication, measure_communication
 from unweave.modules.criterion import Criterion, Description, possible_pairs
 from unweave.modules.nulls import NETWORK_NULLS, expected_nats, rewire
 from unweave.modules.partition import Partition
@@ -268,7 +268,7 @@ def find_modules(
     measuring: dict[str, Any] = {"samples": samples, "batch_size": batch_size}
     if tokens is None:
         tokens = require_positions(scope or Scope(), data)
-    measured = communication(graph, data, scope, seed=seed, progress=progress, **measuring)
+    measured = measure_communication(graph, data, scope, seed=seed, progress=progress, **measuring)
     possible = possible_pairs(graph)
     criterion = Criterion(measured, possible, tokens, by_dimension)
     search = _Search(tuple(methods), _most_blocks(max_blocks, len(graph.nodes)), seed)
@@ -281,7 +281,7 @@ def find_modules(
             other = make(seed + number)
             if other.nodes != graph.nodes:
                 raise InputError(f"an {null} network has other nodes than the graph; make and refine it the same way")
-            told = communication(other, data, scope, seed=seed, progress=False, **measuring)
+            told = measure_communication(other, data, scope, seed=seed, progress=False, **measuring)
             found.append(Criterion(_rescaled(told, measured), possible_pairs(other), tokens, by_dimension))
         samples_of[null] = found
     return _judge(graph, criterion, search, samples_of, level, progress)
