@@ -11,7 +11,7 @@ from torch import Tensor
 
 from unweave.errors import InputError
 from unweave.graph.parts import Port, Read, Stage
-from unweave.ops import Activation, Attention, Dense, LinearMap, LowRank, Masked
+from unweave.ops import Activation, Attention, Dense, Identity, LinearMap, LowRank, Masked
 
 __all__ = ["Parts", "part_names", "read_parts", "split_stage", "split_writers"]
 
@@ -51,12 +51,16 @@ def split_stage(stage: Stage, parts: Mapping[int, Parts]) -> Stage:
     core = stage.core
     if isinstance(core, Attention):
         core = dataclasses.replace(core, n_heads=sum(counts))
+    write = stage.write
+    if isinstance(write, Identity) and sum(counts) > 1:
+        # parts are shorter than the stream: a code is no longer what its node writes
+        write = Dense(torch.eye(write.size, device=stage.device, dtype=stage.ports[0].reads[0].map.dense().dtype))
     return dataclasses.replace(
         stage,
         nodes=tuple(n for name, p in zip(stage.nodes, per_node, strict=True) for n in part_names(name, len(p))),
         ports=tuple(_split_port(stage, port, per_node) for port in stage.ports),
         core=core,
-        write=_pick_inputs(stage.write, order),
+        write=_pick_inputs(write, order),
         code_widths=tuple(len(part) for node in per_node for part in node),
     )
 
