@@ -34,7 +34,7 @@ from unweave.modules.communication import talk
 from unweave.modules.components import _lines, _overlaps
 from unweave.modules.directions import shared_dimensions
 from unweave.modules.grouping import cluster_neurons, neuron_similarity
-from unweave.modules.traffic import betweenness, gini
+from unweave.modules.traffic import _deal, betweenness, gini
 from unweave.scope import Scope, fisher_cotangent
 from unweave.zoo import ToyConfig, ToyTransformer
 from unweave.zoo.tracr import load_tracr, tracr_examples, true_edges
@@ -590,6 +590,24 @@ def test_traffic_among_few_stands_out():
     found = centralisation(few, draws=60)
     assert found.gini.z > 2
     assert found.gini.percentile > 97
+
+
+def test_nats_are_dealt_out_within_groups():
+    values, group = torch.arange(12.0, dtype=torch.float64), torch.arange(12) % 3
+    generator = torch.Generator().manual_seed(0)
+    dealt = torch.stack([_deal(values, group, generator) for _ in range(50)])
+    for k in range(3):
+        here = dealt[:, group == k].sort(dim=1).values
+        assert torch.equal(here, values[group == k].expand(50, -1))
+    assert len(dealt.unique(dim=0)) > 40
+    # layers that differ and nodes that do not: centralised among all edges, not within layers
+    layer = torch.arange(24) // 3
+    layered = (layer[:, None] == layer + 1) * torch.where(layer == 6, 1.0, 0.01) * (1 + 0.1 * torch.rand(24, 24))
+    found = Communication(tuple(f"n{i}" for i in range(24)), layered, (layered > 0).float(), tuple(layer.tolist()))
+    among, within = (centralisation(found, draws=40, within_layers=flag).gini for flag in (False, True))
+    assert among.z > 2
+    assert abs(within.z) < 2.5
+    assert within.value == among.value
 
 
 def test_units_do_not_matter_and_equal_links_have_no_null():

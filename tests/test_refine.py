@@ -7,11 +7,14 @@ import inspect
 import pytest
 import torch
 from families import CONFIGS, random_model
+from torch import nn
 
 from unweave.capture import capture
+from unweave.data import float_data
 from unweave.errors import InputError, UnknownNameError
 from unweave.execution import run
 from unweave.graph import Graph
+from unweave.statistics import collect_means
 from unweave.storage import load_graph, save_graph
 
 refine = inspect.unwrap(Graph.refine)  # without the type checks that the tests run under
@@ -91,6 +94,23 @@ def test_modules_keep_their_parts_and_graphs_are_stored(graph, tmp_path):
     loaded = load_graph(save_graph(finer, tmp_path / "g"))
     assert loaded.nodes == finer.nodes
     assert torch.equal(run(loaded, TOKENS).logits, run(finer, TOKENS).logits)
+
+
+@pytest.mark.parametrize("parts", [3, [[0, 1], [2, 3], [4, 5]], [[5, 0], [1, 4], [3, 2]]])
+def test_layers_of_a_plain_network_are_split(parts):
+    """Their codes are what they write, but the codes of their parts are not."""
+    model, x = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 2)), torch.randn(5, 1, 4)
+    graph = capture(model, verify=False)
+    finer = graph.refine({"layers.0": parts})
+    torch.testing.assert_close(run(finer, x).logits, run(graph, x).logits)
+    names = [f"layers.0.part.{k}" for k in range(3)]
+    apart = run(finer, x, record=names).values
+    torch.testing.assert_close(sum(apart.values()), torch.tanh(model[0](x)))
+    means = collect_means(finer, float_data(x[:, 0]))
+    torch.testing.assert_close(sum(means[n] for n in names)[0], torch.tanh(model[0](x)).mean((0, 1)))
+    cut = finer.restrict([e for e in finer.edges if e.src != names[0]], means=means)
+    expected = model[2](torch.tanh(model[0](x)) - apart[names[0]] + means[names[0]])
+    torch.testing.assert_close(run(cut, x).logits, expected)
 
 
 def test_one_part_is_the_node_itself(graph):

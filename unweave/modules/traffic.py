@@ -87,7 +87,9 @@ class Traffic:
         ]
 
 
-def centralisation(communication: Communication, *, draws: int = 200, seed: int = 0) -> Traffic:
+def centralisation(
+    communication: Communication, *, within_layers: bool = False, draws: int = 200, seed: int = 0
+) -> Traffic:
     """How centralised processing is: the Gini coefficient of traffic, and the betweenness of the busiest hub.
 
     Traffic of a node: the nats of all that it writes and all that it reads. Betweenness: a nat becomes the distance 1 /
@@ -98,6 +100,8 @@ def centralisation(communication: Communication, *, draws: int = 200, seed: int 
     only who has which is left to chance. Values above it mean that strong links gather at few nodes.
 
     Args:
+        within_layers: deal out anew only among edges between the same two layers, so that what layers say to each other
+            stays and only which of their nodes do is left to chance.
         draws: of the null, at least 2.
         seed: of the draws.
 
@@ -133,10 +137,13 @@ def centralisation(communication: Communication, *, draws: int = 200, seed: int 
     if not bool(edges.any()):
         raise InputError("no edge of this communication graph is worth anything: there is no traffic")
     generator = torch.Generator().manual_seed(seed)
+    layer = torch.tensor(communication.layer, device=nats.device)
+    pair = torch.stack(torch.broadcast_tensors(layer[:, None], layer), -1)[edges]
+    group = torch.unique(pair if within_layers else torch.zeros_like(pair), dim=0, return_inverse=True)[1]
     ginis, hubs = [], []
     for _ in range(draws):
         dealt = torch.zeros_like(nats)
-        dealt[edges] = nats[edges][torch.randperm(int(edges.sum()), generator=generator)]
+        dealt[edges] = _deal(nats[edges], group, generator)
         ginis.append(gini(_traffic(dealt)))
         hubs.append(float(betweenness(dealt).max()))
     traffic, between = _traffic(nats), betweenness(nats)
@@ -148,6 +155,16 @@ def centralisation(communication: Communication, *, draws: int = 200, seed: int 
         AgainstNull.of(float(between.max()), torch.tensor(hubs, dtype=torch.float64)),
         draws,
     )
+
+
+def _deal(
+    values: Float[Tensor, " edges"], group: Int[Tensor, " edges"], generator: torch.Generator
+) -> Float[Tensor, " edges"]:
+    """The values in random order within each group."""
+    shuffled = torch.randperm(len(values), generator=generator).to(values.device)
+    out = torch.empty_like(values)
+    out[shuffled[group[shuffled].argsort(stable=True)]] = values[group.argsort(stable=True)]
+    return out
 
 
 def _traffic(nats: Float[Tensor, "nodes nodes"]) -> Float[Tensor, " nodes"]:
