@@ -16,9 +16,9 @@ from unweave.capture import capture
 from unweave.data import Batch, from_tensor
 from unweave.errors import EmptyDataError, InputError, NonFiniteError
 from unweave.execution import run
-from unweave.scope import Scope, divergence
+from unweave.scope import Quotient, Scope, divergence
 from unweave.scoring import score_edges
-from unweave.statistics import accumulate, collect_means
+from unweave.statistics import accumulate, collect_means, identify
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -151,11 +151,30 @@ def test_a_killed_pass_resumes_where_it_stopped(induction_data, tmp_path, monkey
     whole = accumulate(induction_data, step, batch_size=4)
     seen.clear()
     with pytest.raises(KeyboardInterrupt):
-        accumulate(induction_data, lambda b: step(b, 12), batch_size=4, checkpoint=path, fingerprint="x")
+        accumulate(induction_data, lambda b: step(b, 12), batch_size=4, checkpoint=path, identity=("x",))
     assert path.exists()
     with pytest.raises(InputError, match="another pass"):
-        accumulate(induction_data, step, batch_size=4, checkpoint=path, fingerprint="y")
-    resumed = accumulate(induction_data, step, batch_size=4, checkpoint=path, fingerprint="x")
+        accumulate(induction_data, step, batch_size=4, checkpoint=path, identity=("y",))
+    resumed = accumulate(induction_data, step, batch_size=4, checkpoint=path, identity=("x",))
     assert resumed["sum"] == whole["sum"]
     assert seen == [0, 4, 8, 12, 16, 20]
     assert not path.exists()
+
+
+def test_a_checkpoint_belongs_to_graph_scope_and_data(induction, induction_data):
+    base = identify(induction_data, induction, Scope())
+    assert base == identify(induction_data, induction, Scope())
+    ids = torch.arange(48)
+    halves, thirds = (Quotient(ids * n // 48, tuple("abc"[:n])) for n in (2, 3))
+    swapped = Quotient(1 - halves.classes, ("a", "b"))
+    first, last = (lambda b: b.mask.cumsum(1) == 1), (lambda b: b.mask.cumsum(1) == 3)
+    scopes = [Scope(quotient=q) for q in (halves, thirds, swapped)] + [
+        Scope(positions=p) for p in (first, last, "last")
+    ]
+    cut = induction.restrict(list(induction.edges)[1:], ablation="zero")
+    doubled = induction.to(dtype=torch.float64)
+    seen = [identify(induction_data, induction, scope) for scope in scopes]
+    seen += [identify(induction_data, g, Scope()) for g in (cut, cut.restrict(list(cut.edges)[1:], ablation="zero"))]
+    seen += [identify(induction_data.select(slice(0, 4)), induction, Scope()), base]
+    assert len(set(seen)) == len(seen)
+    assert identify(induction_data, doubled, Scope())  # any precision

@@ -22,7 +22,6 @@ that are measured, they keep the values of the graph's own run.
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -213,8 +212,8 @@ def score_edges(
         step = FisherPass(held, scope, samples, seed, (EdgeMeasure(scope, instead),))
     else:
         step = _GradientStep(held, scope, instead, steps if method == "eap-ig" else 0)
-    fingerprint = f"{method}-{ablation}-{samples}-{steps}-{seed}-{frozen}"
-    sums = accumulate(data, step, description=f"scoring edges ({method})", fingerprint=fingerprint, **options)
+    identity = (method, samples, steps, seed, frozen, graph, scope, instead)
+    sums = accumulate(data, step, description=f"scoring edges ({method})", identity=identity, **options)
     scores = dataclasses.replace(scores_from(graph, sums, method, len(data)), frozen=frozen)
     return calibrate(scores, data, scope, instead, measure_top, **options) if measure_top else scores
 
@@ -533,9 +532,8 @@ def measure_edges(
         return sequence_moments({"edge": out, "node": nodes}, scope, batch)
 
     options: dict[str, Any] = {"batch_size": batch_size, "progress": progress, "checkpoint": checkpoint}
-    marks = "".join("01"[int(b)] for b in edges.flatten().tolist())
-    fingerprint = f"exact-{hashlib.sha256(marks.encode()).hexdigest()[:16]}-{frozen}"
-    sums = accumulate(data, step, description="measuring edges", fingerprint=fingerprint, **options)
+    identity = ("exact", edges.nonzero().tolist(), frozen, graph, scope, instead)
+    sums = accumulate(data, step, description="measuring edges", identity=identity, **options)
     scores = scores_from(graph, sums, "exact", len(data))
     unknown = ~edges
     nan = torch.full_like(scores.node_nats, torch.nan)

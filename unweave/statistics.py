@@ -7,8 +7,9 @@ the checkpoints and the search for the node where a NaN came from.
 
 from __future__ import annotations
 
+import hashlib
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -25,7 +26,7 @@ from unweave.execution import Trace, check_inputs, plan_of, trace
 from unweave.files import Checkpoint
 from unweave.graph import Graph, Stage
 from unweave.progress import track
-from unweave.scope import Scope, fisher_cotangent
+from unweave.scope import Scope, describe, fisher_cotangent, position_mask
 
 __all__ = [
     "FisherPass",
@@ -37,6 +38,7 @@ __all__ = [
     "collect_means",
     "differentiable_trace",
     "gradients_of",
+    "identify",
     "merge",
     "replacement",
 ]
@@ -67,7 +69,7 @@ def accumulate(
     batch_size: int = 16,
     description: str = "collecting statistics",
     checkpoint: str | Path | None = None,
-    fingerprint: str = "",
+    identity: Sequence[object] = (),
     progress: bool | None = None,
 ) -> Sums:
     """Sum ``step(batch)`` over all batches.
@@ -76,7 +78,8 @@ def accumulate(
         step: a batch -> sums over it; must treat every sequence alike whatever batch it is in.
         checkpoint: a file that keeps the sums so far every half minute, so that a killed pass resumes where it
             stopped; removed at the end.
-        fingerprint: what the pass computes; a checkpoint of another one is refused.
+        identity: all that the sums depend on besides the data, see :func:`identify`; a checkpoint of something else is
+            refused.
 
     Raises:
         EmptyDataError: the data set has no sequence.
@@ -90,7 +93,7 @@ def accumulate(
     sums: Sums = {}
     start = 0
     if checkpoint is not None:
-        saver = Checkpoint(Path(checkpoint), f"{fingerprint}/{data.fingerprint()}/{batch_size}")
+        saver = Checkpoint(Path(checkpoint), identify(data, *identity, batch_size))
         found = saver.load()
         if found is not None:
             sums, start = dict(found[0]), int(found[1]["next_batch"])
@@ -105,6 +108,37 @@ def accumulate(
     if saver is not None:
         saver.clear()
     return sums
+
+
+def identify(data: TokenData, *things: object) -> str:
+    """A hash of data and of all that a pass over it depends on, to tell whether a checkpoint belongs to it.
+
+    Args:
+        things: graphs count with their edges and weights, scopes with the positions that they mark in the data and the
+            class of every output, replacements with their means, anything else as it prints.
+    """
+    digest = hashlib.sha256(data.fingerprint().encode())
+    for thing in things:
+        digest.update(b"/")
+        if isinstance(thing, Graph):
+            digest.update(repr((thing.nodes, thing.resample, _sums_of(thing.tensors))).encode())
+            digest.update(thing.edge_matrix.numpy().tobytes())
+        elif isinstance(thing, Scope):
+            digest.update(repr(describe(thing)).encode())
+            if thing.quotient is not None:
+                digest.update(thing.quotient.classes.cpu().numpy().tobytes())
+            if callable(thing.positions):
+                for batch in data.batches(256):
+                    digest.update(position_mask(thing, batch).cpu().numpy().tobytes())
+        elif isinstance(thing, Replacement):
+            digest.update(repr((thing.kind, _sums_of((thing.means or {}).values()))).encode())
+        else:
+            digest.update(repr(thing).encode())
+    return digest.hexdigest()[:24]
+
+
+def _sums_of(tensors: Iterable[Tensor]) -> list[tuple[float, float]]:
+    return [(float(t.double().sum()), float(t.double().square().sum())) for t in tensors]
 
 
 def collect_means(
@@ -155,7 +189,7 @@ def collect_means(
         batch_size=batch_size,
         description="means",
         checkpoint=checkpoint,
-        fingerprint=f"means-{per_position}",
+        identity=("means", per_position, graph),
         progress=progress,
     )
     tokens = sums.pop("tokens")

@@ -22,8 +22,8 @@ from unweave.execution import Trace
 from unweave.files import Checkpoint
 from unweave.graph import Graph
 from unweave.progress import track
-from unweave.scope import Scope, agreement, describe, divergence, metric, position_mask
-from unweave.statistics import SECONDS_BETWEEN_CHECKPOINTS
+from unweave.scope import Scope, agreement, divergence, metric, position_mask
+from unweave.statistics import SECONDS_BETWEEN_CHECKPOINTS, identify
 
 __all__ = ["Distance", "Prompts", "bootstrap", "per_prompt"]
 
@@ -67,7 +67,7 @@ class Distance:
         self.known: dict[str, float] = {}
         self.saved, self.saver = time.monotonic(), None
         if checkpoint is not None:
-            self.saver = Checkpoint(Path(checkpoint), _fingerprint(graph, data, scope, instead))
+            self.saver = Checkpoint(Path(checkpoint), identify(data, "circuit", graph, scope, instead))
             found = self.saver.load()
             self.known = {} if found is None else dict(found[1]["known"])
         self.batches = list(data.batches(batch_size))
@@ -134,12 +134,6 @@ class Distance:
         if not math.isfinite(total):
             raise NonFiniteError("a cut graph gave NaN or inf; use another ablation")
         return total / self.tokens
-
-
-def _fingerprint(graph: Graph, data: TokenData, scope: Scope, instead: Replacement) -> str:
-    weights = [float(t.double().sum()) for t in (*graph.tensors, *(instead.means or {}).values())]
-    text = repr((graph.nodes, weights, describe(scope), instead.kind, data.fingerprint()))
-    return f"circuit-{hashlib.sha256(text.encode()).hexdigest()[:24]}"
 
 
 @torch.no_grad()

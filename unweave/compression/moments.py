@@ -79,7 +79,7 @@ def channel_moments(
         batch_size=batch_size,
         description="second moments",
         checkpoint=checkpoint,
-        fingerprint=f"moments-{samples}-{seed}",
+        identity=("moments", samples, seed, graph, scope),
         progress=progress,
     )
     return moments_from(graph, sums, samples)
@@ -107,16 +107,15 @@ def survey(
         One forward and ``samples`` backward passes.
     """
     check_compressible(graph)
-    step = FisherPass(
-        graph, scope, samples, seed, (EdgeMeasure(scope, Replacement("mean", means)), MomentMeasure(scope))
-    )
+    instead = Replacement("mean", means)
+    step = FisherPass(graph, scope, samples, seed, (EdgeMeasure(scope, instead), MomentMeasure(scope)))
     sums = accumulate(
         data,
         step,
         batch_size=batch_size,
         description="scores and second moments",
         checkpoint=checkpoint,
-        fingerprint=f"survey-{samples}-{seed}",
+        identity=("survey", samples, seed, graph, scope, instead),
         progress=progress,
     )
     return scores_from(graph, sums, "fisher", len(data)), moments_from(graph, sums, samples)

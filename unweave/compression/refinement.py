@@ -17,6 +17,7 @@ from unweave.files import Checkpoint
 from unweave.graph import CHANNEL_KINDS, Graph
 from unweave.progress import track
 from unweave.scope import Scope, divergence, position_mask
+from unweave.statistics import identify
 
 __all__ = ["refine_factors", "trainable"]
 
@@ -79,11 +80,10 @@ def refine_factors(
     weights = {path: t.detach().clone().requires_grad_() for path, t in paths.items()}
     optimiser = torch.optim.Adam(weights.values(), lr=learning_rate, betas=(0.9, 0.95))
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, steps)
-    saver = (
-        Checkpoint(Path(checkpoint), f"refine-{seed}-{steps}-{learning_rate}-{data.fingerprint()}")
-        if checkpoint
-        else None
-    )
+    saver = None
+    if checkpoint:
+        identity = ("refine", seed, steps, learning_rate, sorted(paths), graph, original, scope)
+        saver = Checkpoint(Path(checkpoint), identify(data, *identity))
     start = _resume(saver, weights, optimiser, schedule)
     batches = _endless(data, batch_size, seed, start)
     for step in track(range(start, steps), "refining factors", steps - start, show=progress):

@@ -209,10 +209,16 @@ def talk(
     else:
         measure = _DimensionMeasure(scope, _mean_values(graph, data, level, **options))
     step = FisherPass(graph, scope, samples, seed, (measure, DirectionMeasure(scope, level)))
-    fingerprint = f"communication-{level}-{samples}-{seed}"
-    sums = accumulate(
-        data, step, description="measure_communication", fingerprint=fingerprint, checkpoint=checkpoint, **options
+    identity = (
+        "communication",
+        level,
+        samples,
+        seed,
+        graph,
+        scope,
+        *(() if means is None else (Replacement("mean", means),)),
     )
+    sums = accumulate(data, step, description="communication", identity=identity, checkpoint=checkpoint, **options)
     if float(sums["scoped"]) == 0:
         raise EmptyDataError("the scope selects no position of this data set; choose positions within its sequences")
     return (sums["nats"] / sums["scoped"]).cpu(), directions_from(graph, sums, level)
