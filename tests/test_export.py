@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import sys
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 from typing import Any
@@ -25,7 +24,6 @@ from unweave.data import from_tensor
 from unweave.errors import (
     CorruptFileError,
     InputError,
-    MissingExtraError,
     ShapeError,
     StorageError,
     UnknownNameError,
@@ -622,14 +620,6 @@ def test_graphml_is_read_back_the_same(scored, tmp_path):
     assert got == pytest.approx(expected)
     assert again.nodes["embed"]["module"] == 'a "<&>" module'
     ElementTree.parse(path)
-
-
-def test_networkx_is_an_extra(scored, tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "networkx", None)
-    for export in (lambda: to_networkx(scored.graph), lambda: to_graphml(scored.graph, tmp_path / "g")):
-        with pytest.raises(MissingExtraError, match=r"unweave\[export\]"):
-            export()
-    to_dot(scored.graph, tmp_path / "g.dot")
 
 
 def dot_tokens(text: str) -> list[str]:

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from unweave.execution import Run, run
     from unweave.graph import Edge, Graph
     from unweave.heads import score_heads
+    from unweave.modules import Modules, find_modules
     from unweave.pipeline import Decompiled, decompile
     from unweave.report import write_report
     from unweave.scope import Quotient, Scope
@@ -41,6 +42,7 @@ _HOME = {
     "EdgeScores": "scoring",
     "Faithfulness": "evaluation",
     "Graph": "graph",
+    "Modules": "modules",
     "Quotient": "scope",
     "Run": "execution",
     "Scope": "scope",
@@ -56,6 +58,7 @@ _HOME = {
     "dissect": "dissection",
     "evaluate": "evaluation",
     "find_circuit": "circuits",
+    "find_modules": "modules",
     "load_data": "data",
     "load_graph": "storage",
     "load_model": "capture",
@@ -79,6 +82,7 @@ __all__ = [
     "EdgeScores",
     "Faithfulness",
     "Graph",
+    "Modules",
     "Quotient",
     "Run",
     "Scope",
@@ -95,6 +99,7 @@ __all__ = [
     "dissect",
     "evaluate",
     "find_circuit",
+    "find_modules",
     "load_data",
     "load_graph",
     "load_model",

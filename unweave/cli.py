@@ -207,6 +207,9 @@ def score(
     method: Annotated[str, typer.Option(help="fisher, eap, eap-ig or exact.")] = "fisher",
     samples: Annotated[int, typer.Option(help="Cotangents per sequence (fisher).")] = 2,
     steps: Annotated[int, typer.Option(help="Integration steps (eap-ig).")] = 5,
+    frozen: Annotated[
+        str, typer.Option(help="What gradients do not pass through: none, patterns, or 'patterns and norms'.")
+    ] = "none",
     measure: Annotated[int, typer.Option(help="How many of the largest edges to measure exactly.")] = 0,
     top: Annotated[int, typer.Option(help="How many edges to print.")] = 25,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Write all scores as JSON.")] = None,
@@ -224,10 +227,11 @@ def score(
         rows = _load(graph, source, data, tokenizer, context, sequences)
         scope = _zoo_scope(source)
         options: dict[str, Any] = {"method": method, "samples": samples, "steps": steps, "measure_top": measure}
-        scores = score_edges(graph, rows, scope, seed=seed, **options)
-        console.print(_edge_table(scores.table(top), f"{graph.n_edges} edges, {method}"))
+        scores = score_edges(graph, rows, scope, seed=seed, frozen=frozen, **options)
+        held = "nothing frozen" if frozen == "none" else f"{frozen} frozen"
+        console.print(_edge_table(scores.table(top), f"{graph.n_edges} edges, {method}, {held}"))
         if output is not None:
-            write_json(output, finite({"method": method, "edges": scores.table()}))
+            write_json(output, finite({"method": method, "frozen": frozen, "edges": scores.table()}))
             console.print(f"wrote {escape(str(output))}")
 
 

@@ -26,6 +26,7 @@ from unweave.statistics import FisherPass, Gradients, Sums, Tally, accumulate
 
 __all__ = ["narrow_circuit"]
 
+DIRECTIONS = ("fisher", "variance")
 # so many edges at once when second moments are taken; bounds memory, not the result
 EDGES_AT_ONCE = 64
 # share of the dimensions left that one round tries to give up, at first
@@ -39,6 +40,7 @@ def narrow_circuit(
     data: TokenData,
     *,
     kl_nats: float | None = None,
+    directions: str = "fisher",
     samples: int = 4,
     max_trials: int = 200,
     batch_size: int = 16,
@@ -58,6 +60,8 @@ def narrow_circuit(
         circuit: of whole edges, from :func:`find_circuit`.
         data: the prompts that it was found on.
         kl_nats: the divergence allowed, nats per token; by default 1.25 times the circuit's.
+        directions: "fisher", as above; or "variance": the principal components of y - r, whatever its reader feels, the
+            baseline to compare with.
         samples: cotangents per prompt.
         max_trials: measurements at most.
 
@@ -83,6 +87,8 @@ def narrow_circuit(
         >>> narrow.n_numbers < circuit.n_numbers / 2
         True
     """
+    if directions not in DIRECTIONS:
+        raise InputError(f"directions must be one of {', '.join(DIRECTIONS)}, got {directions!r}")
     if circuit.graph.is_narrow or circuit.n_edges == 0:
         raise InputError("narrow a circuit of whole edges, with at least one of them")
     target = 1.25 * circuit.nats if kl_nats is None else kl_nats
@@ -95,7 +101,7 @@ def narrow_circuit(
     own = measure_edges(circuit.graph, data, circuit.scope, circuit.kept, circuit.instead, **options)
     step = FisherPass(circuit.graph, circuit.scope, samples, seed, (_EdgeMoments(circuit),))
     sums = accumulate(data, step, description="dimensions of edges", **options)
-    ladders = _ladders(circuit, sums, own.nats[circuit.kept].tolist())
+    ladders = _ladders(circuit, sums, own.nats[circuit.kept].tolist(), directions)
     distance = Distance(circuit.original, data, circuit.scope, circuit.instead, batch_size)
     with counter("measuring dimensions", max_trials, show=progress) as count:
         search = _Narrowing(circuit, distance, ladders, target, max_trials, count)
@@ -185,7 +191,7 @@ class _Ladder(NamedTuple):
     numbers: list[int]
 
 
-def _ladders(circuit: Circuit, sums: Sums, own: list[float]) -> list[_Ladder]:
+def _ladders(circuit: Circuit, sums: Sums, own: list[float], directions: str) -> list[_Ladder]:
     written, read = edge_sides(circuit.original)
     effect = dict(zip(circuit.edges, own, strict=True))
     graph, ladders = circuit.original, []
@@ -193,6 +199,8 @@ def _ladders(circuit: Circuit, sums: Sums, own: list[float]) -> list[_Ladder]:
         names, stage = graph.writers[graph.visible_writers(s)], graph.stages[s]
         pairs = zip(nodes.tolist(), writers.tolist(), sums[f"{s}.{name}.felt"], sums[f"{s}.{name}.seen"], strict=True)
         for n, w, felt, seen in pairs:
+            if directions == "variance":
+                felt = torch.eye(len(felt), dtype=felt.dtype, device=felt.device)
             edge = Edge(names[w], stage.nodes[n], name)
             ladders.append(_ladder(edge, felt, seen, effect[edge], written[edge.src], read[edge.dst, name]))
     return ladders

@@ -6,12 +6,12 @@ import math
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
+import networkx as nx
 import torch
 from torch import Tensor
 
-from unweave.errors import InputError, MissingExtraError
+from unweave.errors import InputError
 from unweave.export.grid import Scores, score_matrix
 from unweave.files import write_text
 from unweave.graph import Graph
@@ -24,7 +24,7 @@ PEN_WIDTHS = (0.5, 5.0)
 N_COLOURS = 12  # of Graphviz's scheme set312
 
 
-def to_networkx(graph: Graph, scores: Scores | None = None) -> Any:
+def to_networkx(graph: Graph, scores: Scores | None = None) -> nx.MultiDiGraph:
     """The graph as a ``networkx.MultiDiGraph``, one edge per port, keyed by the port's name.
 
     Nodes carry ``kind``, ``layer``, ``stage`` and, where they have one, ``module``; edges carry ``port`` and, where
@@ -32,7 +32,6 @@ def to_networkx(graph: Graph, scores: Scores | None = None) -> Any:
 
     Raises:
         ShapeError: the scores are of another graph.
-        MissingExtraError: networkx is not installed.
 
     Example:
         >>> import unweave
@@ -40,7 +39,7 @@ def to_networkx(graph: Graph, scores: Scores | None = None) -> Any:
         >>> network.has_edge("blocks.0.attn.head.0", "blocks.1.attn.head.0", key="k")
         True
     """
-    network = _networkx().MultiDiGraph(name=str(graph.info.get("name", "graph")))
+    network = nx.MultiDiGraph(name=str(graph.info.get("name", "graph")))
     for s, stage in enumerate(graph.stages):
         for name in stage.nodes:
             module = {"module": graph.modules[name]} if name in graph.modules else {}
@@ -49,15 +48,6 @@ def to_networkx(graph: Graph, scores: Scores | None = None) -> Any:
         known = {} if math.isnan(score) else {"score": score, "strength": abs(score)}
         network.add_edge(src, dst, key=port, port=port, **known)
     return network
-
-
-def _networkx() -> Any:
-    """An optional package, imported when it is used."""
-    try:
-        import networkx
-    except ImportError as error:
-        raise MissingExtraError("networkx", "export", "exporting to networkx and GraphML") from error
-    return networkx
 
 
 def _edges(graph: Graph, values: Tensor, kept: Tensor | None = None) -> Iterator[tuple[str, str, str, float]]:
@@ -76,7 +66,6 @@ def to_graphml(graph: Graph, path: str | Path, scores: Scores | None = None) -> 
     Raises:
         InputError: a name holds a character that XML cannot.
         ShapeError: the scores are of another graph.
-        MissingExtraError: networkx is not installed.
         StorageError: it could not be written.
 
     Example:
@@ -90,7 +79,7 @@ def to_graphml(graph: Graph, path: str | Path, scores: Scores | None = None) -> 
     for name in names:
         if NOT_XML.search(name):
             raise InputError(f"the name {name!r} holds a character that XML cannot; rename it, or use to_dot")
-    lines = _networkx().generate_graphml(to_networkx(graph, scores), named_key_ids=True)
+    lines = nx.generate_graphml(to_networkx(graph, scores), named_key_ids=True)
     write_text(path, "\n".join(lines) + "\n")
     return Path(path)
 
