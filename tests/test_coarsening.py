@@ -307,7 +307,7 @@ def test_subsets_are_positions_filters_or_data(halves, tokens):
 
 def test_a_killed_table_resumes(halves, tokens, tmp_path, monkeypatch):
     monkeypatch.setattr(distance, "SECONDS_BETWEEN_CHECKPOINTS", -1.0)
-    measure, measured = distance.Distance._measure, []
+    measure, measured = distance.Distance.of_graph, []
 
     def counted(self, keep, limit=None):
         measured.append(keep)
@@ -316,15 +316,15 @@ def test_a_killed_table_resumes(halves, tokens, tmp_path, monkeypatch):
         return measure(self, keep)
 
     options = {"kl_nats": 1e-3, "by": ("edges",)}
-    monkeypatch.setattr(distance.Distance, "_measure", counted)
+    monkeypatch.setattr(distance.Distance, "of_graph", counted)
     whole = subset_by_quotient(halves, tokens, {"all": "all"}, {"logits": None}, **options)
     needed, measured[:] = len(measured), []
-    monkeypatch.setattr(distance.Distance, "_measure", lambda self, keep: counted(self, keep, 6))
+    monkeypatch.setattr(distance.Distance, "of_graph", lambda self, keep: counted(self, keep, 6))
     with pytest.raises(KeyboardInterrupt):
         subset_by_quotient(halves, tokens, {"all": "all"}, {"logits": None}, checkpoint=tmp_path, **options)
     assert len(list(tmp_path.iterdir())) == 1
     measured[:] = []
-    monkeypatch.setattr(distance.Distance, "_measure", counted)
+    monkeypatch.setattr(distance.Distance, "of_graph", counted)
     again = subset_by_quotient(halves, tokens, {"all": "all"}, {"logits": None}, checkpoint=tmp_path, **options)
     assert again == whole
     assert len(measured) == needed - 6
