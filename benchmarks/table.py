@@ -121,6 +121,45 @@ def circuits() -> str:
     return f"**Circuits** (`{result['command']}`): {text}:\n\n" + table(head, rows)
 
 
+def subspaces() -> str:
+    result = load("subspaces")
+    if result is None:
+        return ""
+    cells = {(r["task"], r["target"], r["method"]): r for r in result["rows"]}
+    methods = list(dict.fromkeys(r["method"] for r in result["rows"]))
+    rows = []
+    for task, target in dict.fromkeys((r["task"], r["target"]) for r in result["rows"]):
+        row = [task, f"{target:.2f}"]
+        for method in methods:
+            r = cells[task, target, method]
+            held_out = r["faithfulness_held_out"]["value"]
+            row.append(f"{r['numbers']:,} ({r['dimensions']}), {held_out:.2f}")
+        rows.append(row)
+    text = "numbers in the virtual weights of a circuit (dimensions that its edges carry), and its faithfulness on"
+    text += " held-out prompts, at equal faithfulness on the prompts it was found on"
+    head = ["task", "faithfulness", *methods]
+    return f"**Narrow edges** (`{result['command']}`): {text}:\n\n" + table(head, rows)
+
+
+def tracr() -> str:
+    result = load("tracr")
+    if result is None:
+        return ""
+    rows = result["rows"]
+    models = list(dict.fromkeys(r["model"] for r in rows))
+    by = {a: [r for r in rows if r["ablation"] == a] for a in dict.fromkeys(r["ablation"] for r in rows)}
+    untrue = sum(r["felt_but_untrue"] + r["kept_but_untrue"] for r in rows)
+    text = (
+        f"{len(models)} compiled programs ({', '.join(models)}), three ablations: {untrue} edges that the compiler did"
+    )
+    text += (
+        " not make have an effect or are in a found circuit; the circuit is the true edges less those without effect"
+    )
+    shares = [f"{sum(not r['lacking_with_effect'] for r in found)} with {a}" for a, found in by.items()]
+    rest = "where it is smaller, one of several edges that can stand in for each other was left out."
+    return f"**Known circuits** (`{result['command']}`): {text} in {', '.join(shares)} ablation; {rest}"
+
+
 def exactness() -> str:
     result = load("exactness")
     if result is None:
@@ -140,7 +179,8 @@ def exactness() -> str:
 
 
 def render() -> str:
-    parts = [edges(), compression("pylm"), compression("stories260K"), circuits(), scope(), speed(), exactness()]
+    parts = [edges(), compression("pylm"), compression("stories260K"), circuits(), subspaces(), tracr()]
+    parts += [scope(), speed(), exactness()]
     return "\n\n".join(part for part in parts if part)
 
 

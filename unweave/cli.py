@@ -42,6 +42,7 @@ Data = Annotated[
 ]
 Context = Annotated[int, typer.Option(help="Longest sequence, in tokens.")]
 Sequences = Annotated[int, typer.Option(help="How many sequences to calibrate on.")]
+Frozen = Annotated[str, typer.Option(help="What gradients do not pass through: none, patterns, 'patterns and norms'.")]
 Seed = Annotated[int, typer.Option(help="Seed of everything random.")]
 
 
@@ -153,6 +154,7 @@ def circuit(
     positions: Annotated[
         str, typer.Option(help="Take positions together, apart (edges lead from one to another), or apart where named.")
     ] = "together",
+    frozen: Frozen = "none",
     prompts: Annotated[int, typer.Option(help="How many prompts to make; half of them are for the proof.")] = 128,
     list_: Annotated[bool, typer.Option("--list", help="List the ready-made tasks and stop.")] = False,
     seed: Seed = 0,
@@ -173,7 +175,7 @@ def circuit(
             raise InputError(f"give --task: a .jsonl file, or one of {', '.join(list_tasks())}")
         check_destination(output, overwrite)
         budget = {"edges": edges, "kl_nats": kl_nats, "faithfulness": faithfulness}
-        options = {"ablation": ablation, "metric": metric, "level": level, "positions": positions}
+        options = {"ablation": ablation, "metric": metric, "level": level, "positions": positions, "frozen": frozen}
         found = dissect(model, task, prompts=prompts, seed=seed, **budget, **options)  # type: ignore[arg-type]
         found.report["provenance"]["command"] = " ".join(["unweave", *map(shlex.quote, sys.argv[1:])])
         found.save(output, overwrite=overwrite)
@@ -207,9 +209,7 @@ def score(
     method: Annotated[str, typer.Option(help="fisher, eap, eap-ig or exact.")] = "fisher",
     samples: Annotated[int, typer.Option(help="Cotangents per sequence (fisher).")] = 2,
     steps: Annotated[int, typer.Option(help="Integration steps (eap-ig).")] = 5,
-    frozen: Annotated[
-        str, typer.Option(help="What gradients do not pass through: none, patterns, or 'patterns and norms'.")
-    ] = "none",
+    frozen: Frozen = "none",
     measure: Annotated[int, typer.Option(help="How many of the largest edges to measure exactly.")] = 0,
     top: Annotated[int, typer.Option(help="How many edges to print.")] = 25,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Write all scores as JSON.")] = None,

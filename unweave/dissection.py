@@ -68,6 +68,7 @@ def dissect(
     prompts: int = 128,
     level: str = "edge",
     positions: str = "together",
+    frozen: str = "none",
     tokenizer: Any = None,
     batch_size: int = 16,
     seed: int = 0,
@@ -86,6 +87,7 @@ def dissect(
         level: see :func:`find_circuit`.
         positions: "together"; "apart": an edge leads from one position to another (:meth:`Graph.unroll`), which wants
             short prompts of one form; or "named": only positions that the task names are apart.
+        frozen: what the gradients that guide the search do not pass through, see :func:`score_edges`.
 
     Raises:
         InputError: the model cannot do the task better than chance, or the budget cannot be met.
@@ -113,7 +115,9 @@ def dissect(
     budget = {"edges": edges, "kl_nats": kl_nats, "faithfulness": faithfulness}
     if all(b is None for b in budget.values()):
         budget["faithfulness"] = 0.9
-    circuit = find_circuit(graph, data, task.scope, ablation=kind, level=level, seed=seed, **budget, **options)  # type: ignore[arg-type]
+    circuit = find_circuit(
+        graph, data, task.scope, ablation=kind, level=level, frozen=frozen, seed=seed, **budget, **options
+    )  # type: ignore[arg-type]
     proof = prove(circuit, test, seed=seed, **options)
     curves = _curves(circuit, data, test, seed, options)
     prediction = predict_effects(circuit, test, seed=seed, **options)
@@ -125,6 +129,7 @@ def dissect(
         "ablation": kind,
         "level": level,
         "positions": positions,
+        "frozen": frozen,
         "budget": given,
         **stamp(seed, started),
     }
