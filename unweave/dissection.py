@@ -115,9 +115,8 @@ def dissect(
     budget = {"edges": edges, "kl_nats": kl_nats, "faithfulness": faithfulness}
     if all(b is None for b in budget.values()):
         budget["faithfulness"] = 0.9
-    circuit = find_circuit(
-        graph, data, task.scope, ablation=kind, level=level, frozen=frozen, seed=seed, **budget, **options
-    )  # type: ignore[arg-type]
+    search: dict[str, Any] = {"ablation": kind, "level": level, "frozen": frozen, "seed": seed, **budget, **options}
+    circuit = find_circuit(graph, data, task.scope, **search)
     proof = prove(circuit, test, seed=seed, **options)
     curves = _curves(circuit, data, test, seed, options)
     prediction = predict_effects(circuit, test, seed=seed, **options)
