@@ -11,6 +11,9 @@ COMMANDS = {
     "scope": [["benchmarks.scope"]],
     "regulariser": [["benchmarks.regulariser"]],
     "speed": [["benchmarks.speed"]],
+    "subspaces": [["benchmarks.subspaces"]],
+    "tracr": [["benchmarks.tracr"]],
+    "circuits": [["benchmarks.circuits"]],
     "compression": [["benchmarks.compression", "pylm"], ["benchmarks.compression", "stories260K"]],
 }
 
