@@ -28,7 +28,7 @@ from unweave.pipeline import token_strings
 from unweave.scope import Quotient, Scope
 
 TARGET = 0.01
-SEQUENCES, HELD_OUT, TRIALS = 128, 128, 200
+SEQUENCES, HELD_OUT, TRIALS = 96, 96, 80
 EVERYWHERE = "every position"
 SIZE_OF = {"edges": "edges", "dimensions": "parameters"}
 
@@ -93,7 +93,7 @@ def earlier(name: str) -> dict[str, Any]:
 
 def run(name: str, tiny: bool) -> None:
     started = time.time()
-    graph, train, held = model(name, 16 if tiny else 128)
+    graph, train, held = model(name, 16 if tiny else 64)
     train, held = train.select(slice(0, 8 if tiny else SEQUENCES)), held.select(slice(0, 8 if tiny else HELD_OUT))
     tokens = token_strings(load_tokenizer(SHARED / "models" / name), graph.info["d_out"])
     quotients, word = quotients_of(name, tokens), "e" if tiny else CLASSES[name][1]

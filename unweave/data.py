@@ -97,6 +97,12 @@ class TokenData:
     def __len__(self) -> int:
         return len(self.tokens)
 
+    def __repr__(self) -> str:
+        what = "tokens" if self.tokens.ndim == 2 else f"vectors of {self.tokens.shape[2]} numbers"
+        labels = f", labels {', '.join(self.labels)}" if self.labels else ""
+        source = f" from {self.source}" if self.source else ""
+        return f"TokenData({len(self)} sequences of up to {self.tokens.shape[1]} {what}{source}{labels})"
+
     @property
     def lengths(self) -> Int[Tensor, " n"]:
         """How many real tokens each sequence has."""

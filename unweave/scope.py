@@ -61,6 +61,9 @@ class Quotient:
         if int(self.classes.min()) < 0 or int(self.classes.max()) >= len(self.names):
             raise InputError(f"class ids must be between 0 and {len(self.names) - 1}")
 
+    def __repr__(self) -> str:
+        return f"Quotient({len(self.classes)} outputs in {len(self.names)} classes: {', '.join(self.names[:8])})"
+
     @classmethod
     def from_function(cls, function: Callable[[str], Hashable], tokens: Sequence[str]) -> Quotient:
         """Classes are the values a function takes on token strings.

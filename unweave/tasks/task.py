@@ -112,6 +112,10 @@ class Task:
     def __len__(self) -> int:
         return len(self.data)
 
+    def __repr__(self) -> str:
+        pairs = "" if self.corrupted is None else ", each with a corrupted partner"
+        return f"Task({self.name}: {len(self)} prompts of up to {self.data.tokens.shape[1]} tokens{pairs}; {self.metric})"
+
     @property
     def metric(self) -> Divergence:
         """The scope's divergence: "kl" in nats, or "logit_difference"."""
