@@ -114,7 +114,8 @@ class Task:
 
     def __repr__(self) -> str:
         pairs = "" if self.corrupted is None else ", each with a corrupted partner"
-        return f"Task({self.name}: {len(self)} prompts of up to {self.data.tokens.shape[1]} tokens{pairs}; {self.metric})"
+        size = f"{len(self)} prompts of up to {self.data.tokens.shape[1]} tokens"
+        return f"Task({self.name}: {size}{pairs}; {self.metric})"
 
     @property
     def metric(self) -> Divergence:
