@@ -294,7 +294,7 @@ def serve(
     data: Data = None,
     model: Annotated[str | None, typer.Option(help="Where the original is now, for its tokenizer.")] = None,
     host: Annotated[
-        str, typer.Option(help="Address to listen on; others than the default let others in.")
+        str, typer.Option(help="Address to listen on; by default, only this machine reaches it.")
     ] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port to listen on.", min=1, max=65535)] = 8765,
     context: Context = 128,

@@ -26,16 +26,13 @@ def summary_html(
     rows = []
     for stage, name, heard in zip(stages, names, ports, strict=True):
         hears = ", ".join(f"{port} {kept:,}" + (f" of {all_:,}" if kept < all_ else "") for port, kept, all_ in heard)
-        rows.append(
-            _row("td", [name, f"{len(stage.nodes):,}", f"{stage.n_parameters:,}", f"{hears} edges" if hears else ""])
-        )
+        sizes = [f"{len(stage.nodes):,}", f"{stage.n_parameters:,}"]
+        rows.append(_row("td", [name, *sizes, f"{hears} edges" if hears else ""]))
     head = _row("th", HEADS)
     return f"<div><p><b>{escape(title)}</b></p><table><thead>{head}</thead><tbody>{''.join(rows)}</tbody></table></div>"
 
 
 def _row(tag: str, cells: Sequence[str]) -> str:
     styles = (LEFT, RIGHT, RIGHT, LEFT)
-    inside = "".join(
-        f'<{tag} style="{style}">{escape(cell)}</{tag}>' for style, cell in zip(styles, cells, strict=True)
-    )
-    return f"<tr>{inside}</tr>"
+    pairs = zip(styles, cells, strict=True)
+    return "<tr>" + "".join(f'<{tag} style="{style}">{escape(cell)}</{tag}>' for style, cell in pairs) + "</tr>"

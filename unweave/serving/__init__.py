@@ -1,4 +1,4 @@
-"""A live page on a graph folder: a text, what is used on each of its tokens, and what changes when a part is ablated."""
+"""A live page on a graph folder: what is used on each token of a text, and what changes when a part is ablated."""
 
 from unweave.serving.application import make_app, serve
 from unweave.serving.reading import Reading, measure_node, read_text

@@ -25,10 +25,10 @@ try:
     from starlette.exceptions import HTTPException
     from starlette.middleware import Middleware
     from starlette.requests import Request
-    from starlette.responses import HTMLResponse, JSONResponse, Response
+    from starlette.responses import HTMLResponse, Response
     from starlette.routing import Route
 
-    from unweave.serving.guard import Guard, is_loopback
+    from unweave.serving.guard import HEADERS, Guard, is_loopback
 except ModuleNotFoundError as error:
     if (error.name or "").partition(".")[0] not in ("starlette", "uvicorn"):
         raise
@@ -224,4 +224,5 @@ async def _unusable(request: Request, error: Exception) -> Response:
 
 async def _broken(request: Request, error: Exception) -> Response:
     log.error("while answering %s", request.url.path, exc_info=error)
-    return _error("something went wrong here; the server's terminal says what", 500)
+    # the only answer that does not pass the guard again
+    return _error("something went wrong here; the server's terminal says what", 500, HEADERS)

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import ipaddress
+import re
 from collections.abc import Iterable
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-__all__ = ["Guard", "host_of", "is_loopback"]
+__all__ = ["HEADERS", "Guard", "host_of", "is_loopback"]
 
 # only the page's own files may run or be loaded, nobody may frame it, and nothing of it is kept
 HEADERS = {
-    "content-security-policy": "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src data:; "
-    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'; require-trusted-types-for 'script'; "
+    "content-security-policy": "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; "
+    "img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'; require-trusted-types-for 'script'; "
     "trusted-types 'none'",
     "x-content-type-options": "nosniff",
     "referrer-policy": "no-referrer",
@@ -22,6 +23,8 @@ HEADERS = {
     "cross-origin-opener-policy": "same-origin",
     "cache-control": "no-store",
 }
+
+HOST = re.compile(r"(?:\[([0-9a-f:.]+)\]|([a-z0-9_.-]+))(?::[0-9]*)?", re.IGNORECASE | re.ASCII)
 
 
 def host_of(header: str) -> str | None:
@@ -31,15 +34,8 @@ def host_of(header: str) -> str | None:
         >>> host_of("LocalHost:8765"), host_of("[::1]:80"), host_of("a b")
         ('localhost', '::1', None)
     """
-    host, bracket, rest = header[1:].partition("]") if header.startswith("[") else (*header.partition(":")[::2], "")
-    if header.startswith("["):
-        port = rest[1:] if rest.startswith(":") else rest and "?"
-    else:
-        port = bracket
-    if port and not (port.isascii() and port.isdigit()):
-        return None
-    host = host.lower().removesuffix(".")
-    return host if host and host.isascii() and not set(host) & set(" /\\@?#[]") else None
+    found = HOST.fullmatch(header)
+    return None if found is None else (found[1] or found[2]).lower().removesuffix(".")
 
 
 def is_loopback(host: str) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -100,8 +101,14 @@ def open_graph(source: str | Path, data: TokenData | None = None) -> Served:
     if "d_vocab" not in graph.info:
         raise InputError(f"{source} reads real vectors and no tokens; a text page needs a graph that reads tokens")
     means = collect_means(graph, data, progress=False) if data is not None and len(data) else None
-    name = str(graph.info.get("name") or folder.name)
-    return Served(f"{folder.name}: {name}" if stored else str(source), graph, results, means)
+    return Served(folder.resolve().name if folder.is_dir() else str(source), graph, results, means)
+
+
+def _apart(served: Sequence[Served]) -> Iterator[Served]:
+    """The same, with different names."""
+    for k, one in enumerate(served):
+        twice = any(one.name == other.name for other in served[:k])
+        yield dataclasses.replace(one, name=f"{one.name} ({k + 1})") if twice else one
 
 
 def _results(folder: Path) -> ReportData | None:
@@ -123,7 +130,7 @@ class Session:
         sizes = [(s.graph.info["d_vocab"], s.graph.info.get("d_out", s.graph.info["d_vocab"])) for s in served]
         if len(set(sizes)) > 1:
             raise InputError(f"both graphs must read and write the same tokens, got vocabularies {sizes}")
-        self.served, self.tokenizer, self.data = tuple(served), tokenizer, data
+        self.served, self.tokenizer, self.data = tuple(_apart(served)), tokenizer, data
         self.strings = token_strings(tokenizer, max(sizes[0]))
         self._lock = threading.Lock()
         self._reading = lru_cache(READINGS_KEPT)(self._read)
@@ -138,9 +145,7 @@ class Session:
     def facts(self) -> dict[str, Any]:
         """The graphs and the limits, for the page."""
         limits = {**LIMITS, "tokens": self.most_tokens}
-        means = (
-            f"{len(self.data)} example texts" if self.served[0].means is not None and self.data else "the text itself"
-        )
+        means = "the text itself" if self.data is None else f"{len(self.data)} example texts"
         graphs = [s.facts() for s in self.served]
         return {"graphs": graphs, "limits": limits, "tokenizer": self.tokenizer is not None, "means_over": means}
 
@@ -204,11 +209,8 @@ class Session:
         means = served.means_on(batch)
         if served.graph.is_narrow:
             with torch.no_grad():
-                return (
-                    means,
-                    run(served.graph, batch.inputs, counterfactual=batch.labels.get(CORRUPTED)).logits[0],
-                    None,
-                )
+                out = run(served.graph, batch.inputs, counterfactual=batch.labels.get(CORRUPTED))
+            return means, out.logits[0], None
         reading = read_text(served.graph, batch, means, Scope(positions or "all"))
         return means, reading.logits, reading
 
