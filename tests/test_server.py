@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
+import dataclasses
 import json
 import threading
 from collections.abc import Iterator
@@ -16,6 +18,7 @@ import torch
 from report_fixtures import HOSTILE, report_data
 
 import unweave
+from unweave import cli
 from unweave.data import Batch, TokenData
 from unweave.errors import InputError, StorageError, UnknownNameError
 from unweave.generation import encode_prompt
@@ -26,7 +29,9 @@ pytest.importorskip("starlette", reason="starlette is not installed (the extra '
 pytest.importorskip("uvicorn", reason="uvicorn is not installed (the extra 'serve')")
 
 from starlette.testclient import TestClient
+from typer.testing import CliRunner
 
+from unweave import serving
 from unweave.serving import application, make_app, measure_node, read_text, session
 from unweave.serving.guard import host_of, is_loopback
 from unweave.serving.question import LIMITS, read_question
@@ -400,8 +405,6 @@ def test_slow_bodies_are_dropped(folder: Path, monkeypatch: pytest.MonkeyPatch) 
     app, sent = make_app(folder), []
 
     async def receive() -> dict[str, Any]:
-        import asyncio
-
         await asyncio.sleep(5)
         return {"type": "http.request", "body": b"", "more_body": True}
 
@@ -410,8 +413,6 @@ def test_slow_bodies_are_dropped(folder: Path, monkeypatch: pytest.MonkeyPatch) 
 
     headers = [(b"host", b"localhost"), (b"content-type", b"application/json")]
     scope = {"type": "http", "method": "POST", "path": "/api/run", "raw_path": b"/api/run", "query_string": b""}
-    import asyncio
-
     asyncio.run(app({**scope, "headers": headers, "http_version": "1.1", "scheme": "http"}, receive, send))
     assert sent[0]["status"] == 408
 
@@ -692,6 +693,24 @@ def test_serve_listens_on_loopback_and_warns_elsewhere(
         application.serve(folder)
 
 
+def test_the_command_serves_with_the_models_tokens(
+    folder: Path, cut: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, induction: unweave.Graph
+) -> None:
+    calls: list[Any] = []
+    monkeypatch.setattr(serving, "serve", lambda *args, **options: calls.append((args, options)))
+    done = CliRunner().invoke(cli.app, ["serve", str(folder), "--with", str(cut), "--port", "9000"])
+    assert done.exit_code == 0, done.output
+    assert calls.pop() == ((folder, "127.0.0.1", 9000, str(cut)), {"tokenizer": None, "data": None})
+    known = dataclasses.replace(induction, info={**induction.info, "model": "zoo:induction"})
+    stored = save_graph(known, tmp_path / "known")
+    done = CliRunner().invoke(cli.app, ["serve", str(stored), "--host", "0.0.0.0", "--sequences", "8"])
+    assert done.exit_code == 0, done.output
+    assert "others can reach" in done.stderr
+    ((_, options),) = calls
+    assert len(options["data"]) == 8
+    assert CliRunner().invoke(cli.app, ["serve", str(tmp_path / "nothing")]).exit_code == 1
+
+
 def test_prompts_without_a_tokenizer_are_ids() -> None:
     assert encode_prompt(" 3  0 12").tolist() == [[3, 0, 12]]
     assert encode_prompt("ab", Letters()).tolist() == [[97 % 40, 98 % 40]]
@@ -737,8 +756,6 @@ def test_a_graph_shows_itself_in_a_notebook(induction: unweave.Graph, cut: Path)
 
 
 def test_names_in_a_notebook_are_escaped(induction: unweave.Graph) -> None:
-    import dataclasses
-
     stages = list(induction.stages)
     stages[0] = dataclasses.replace(stages[0], nodes=(HOSTILE[0],))
     graph = dataclasses.replace(induction, stages=tuple(stages), info={**induction.info, "name": HOSTILE[2]})

@@ -8,6 +8,7 @@ const SQUARE = 280;
 const portColour = (port) => (["q", "k", "v"].includes(port) ? `--${port}` : "--in");
 const chosen = () => Math.min(state.token ?? known.answer.tokens.length - 1, known.answer.tokens.length - 1);
 const nameOf = (k) => (known.facts.graphs.length > 1 ? `${plain(known.facts.graphs[k].name)}, ` : "");
+const titled = (k, words) => (nameOf(k) ? nameOf(k) + words : words[0].toUpperCase() + words.slice(1));
 
 // ---- what comes next ----
 function next() {
@@ -18,11 +19,11 @@ function next() {
     cell.style.setProperty("--share", `${(100 * (p ?? 0)).toFixed(1)}%`);
     return cell;
   })));
-  const far = runs.map((run) => el("td", {}, run.kl_nats ? `${num(run.kl_nats[t])} nats` : "–"));
+  const far = runs.map((run) => el("td", {}, run.kl_nats ? num(run.kl_nats[t]) : "–"));
   return [
     el("p", { class: "dim small" }, "after ", token(tokens[t].text), state.token === null ? "the last token; choose another above" : `token ${t}`),
     el("div", { class: "wide" }, el("table", {}, el("caption", { class: "hidden" }, "Likeliest next tokens"), el("thead", {}, el("tr", {}, el("th", { scope: "col", class: "text" }, "next"), head)),
-      el("tbody", {}, rows, runs.length > 1 ? el("tr", { class: "far" }, el("td", { class: "text" }, "divergence"), far) : null))),
+      el("tbody", {}, rows, runs.length > 1 ? el("tr", { class: "far" }, el("td", { class: "text" }, "nats away"), far) : null))),
   ];
 }
 
@@ -45,7 +46,7 @@ function edgeRow(edge, top) {
 function edges(graph, k) {
   if (!graph.edges?.length) return null;
   const total = (edge) => edge.use.reduce((a, b) => a + (b ?? 0), 0), top = Math.max(1e-300, ...graph.edges.map(total));
-  return el("section", {}, el("h3", {}, `${nameOf(k)}strongest edges on this text`), el("ol", { class: "rows edges" }, graph.edges.map((edge) => edgeRow(edge, top))));
+  return el("section", {}, el("h3", {}, titled(k, "strongest edges on this text")), el("ol", { class: "rows edges" }, graph.edges.map((edge) => edgeRow(edge, top))));
 }
 function pattern(graph, k) {
   if (!graph.pattern) return null;
@@ -68,7 +69,7 @@ function pattern(graph, k) {
   });
   canvas.addEventListener("pointerleave", hideTip);
   canvas.addEventListener("click", (event) => change({ token: place(event)[0] }));
-  return el("section", {}, el("h3", {}, `${nameOf(k)}where it looks`), el("p", { class: "dim small" }, "One row per token, the first above; columns are the tokens it looks at."), canvas);
+  return el("section", {}, el("h3", {}, titled(k, "where it looks")), el("p", { class: "dim small" }, "One row per token, the first above; columns are the tokens it looks at."), canvas);
 }
 function about() {
   const { graphs } = known.answer, node = known.facts.graphs[0].nodes.find((one) => one.name === state.node), parts = [picker()];
