@@ -611,7 +611,7 @@ def test_no_request_of_the_described_kind_breaks_the_server(client: TestClient) 
                 continue
 
             @hypothesis.settings(
-                max_examples=40,
+                max_examples=25,
                 deadline=None,
                 derandomize=True,
                 database=None,
@@ -625,11 +625,11 @@ def test_no_request_of_the_described_kind_breaks_the_server(client: TestClient) 
 
             attack()
     assert {200, 422} <= set(seen)
-    assert len(seen) > 60
+    assert len(seen) > 40
 
 
 @hypothesis.settings(
-    max_examples=80, deadline=None, derandomize=True, database=None, suppress_health_check=list(hypothesis.HealthCheck)
+    max_examples=50, deadline=None, derandomize=True, database=None, suppress_health_check=list(hypothesis.HealthCheck)
 )
 @hypothesis.given(body=hypothesis.strategies.binary(max_size=200))
 def test_no_bytes_break_the_server(client: TestClient, body: bytes) -> None:
@@ -649,7 +649,7 @@ JSON = hypothesis.strategies.recursive(
 
 
 @hypothesis.settings(
-    max_examples=150, deadline=None, derandomize=True, database=None, suppress_health_check=list(hypothesis.HealthCheck)
+    max_examples=80, deadline=None, derandomize=True, database=None, suppress_health_check=list(hypothesis.HealthCheck)
 )
 @hypothesis.given(
     plain=hypothesis.strategies.dictionaries(
