@@ -65,6 +65,7 @@ LAYERS = (
     "report",
     "pipeline",
     "dissection",
+    "serving",
     "cli",
     "__main__",
 )

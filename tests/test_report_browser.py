@@ -463,15 +463,24 @@ def test_it_fits_a_narrow_screen(open_page: Open) -> None:
         assert page.evaluate("document.documentElement.scrollWidth") <= width
 
 
-DRAG = """async () => {
-  const slider = document.getElementById('threshold'), frame = () => new Promise(requestAnimationFrame), spent = [];
-  for (let step = 0; step <= 1000; step += 40) {
-    const start = performance.now();
-    slider.value = step; slider.dispatchEvent(new Event('input'));
-    await frame(); await frame();
-    spent.push(performance.now() - start);
+# the gaps between frames while something is done on every one of them
+FRAMES = """async (what) => {
+  const slider = document.getElementById('threshold'), search = document.getElementById('search'), spent = [];
+  const frame = () => new Promise(requestAnimationFrame);
+  const deeds = {
+    scroll: (k) => scrollTo(0, document.getElementById('stage').offsetTop + 20 * k),
+    drag: (k) => { slider.value = 25 * k; slider.dispatchEvent(new Event('input')) },
+    find: (k) => { search.value = 'blocks.' + k; search.dispatchEvent(new Event('input')) },
+  };
+  await frame(); await frame();
+  let last = performance.now();
+  for (let k = 0; k < 40; k++) {
+    deeds[what](k);
+    const now = await frame();
+    spent.push(now - last);
+    last = now;
   }
-  return spent;
+  return spent.slice(1).sort((a, b) => a - b);
 }"""
 
 
@@ -495,11 +504,14 @@ def test_a_thousand_nodes_and_ten_thousand_edges_stay_smooth(
     page = open_page(path)
     settle(page)
     load = time.perf_counter() - started
-    spent = sorted(page.evaluate(DRAG))
-    figures = {"load_s": load, "drag_median_ms": spent[len(spent) // 2], "drag_worst_ms": spent[-1]}
+    figures = {"load_s": load}
+    for what in ("scroll", "drag", "find"):
+        spent = page.evaluate(FRAMES, what)
+        figures |= {f"{what}_median_ms": spent[len(spent) // 2], f"{what}_worst_ms": spent[-1]}
+        page.wait_for_timeout(300)
     for name, value in figures.items():
         record_property(name, value)
     # bounds for a busy machine without a GPU; typical figures are a fifth of them
     assert figures["load_s"] < 15, figures
-    assert figures["drag_median_ms"] < 500, figures
-    assert figures["drag_worst_ms"] < 2500, figures
+    assert max(value for name, value in figures.items() if name.endswith("median_ms")) < 300, figures
+    assert max(value for name, value in figures.items() if name.endswith("worst_ms")) < 1500, figures

@@ -270,13 +270,13 @@ def run(
     """Continue a text with the graph, next to the original model."""
     with _errors():
         from unweave.capture import capture, load_tokenizer
-        from unweave.generation import generate
+        from unweave.generation import encode_prompt, generate
         from unweave.storage import load_graph
 
         graph = load_graph(folder)
         source = model or _source(graph)
         tokenizer = load_tokenizer(source) if source else None
-        ids = _encode(prompt, tokenizer)
+        ids = encode_prompt(prompt, tokenizer)
         texts = {"graph": graph}
         if source:
             texts["original"] = capture(source, verify=False)
@@ -289,21 +289,37 @@ def run(
         console.print(table)
 
 
-def _encode(prompt: str, tokenizer: Any) -> Any:
-    import torch
+@app.command()
+def serve(
+    folder: Folder,
+    with_: Annotated[
+        str | None, typer.Option("--with", help="A second graph folder, or a model: the same texts through both.")
+    ] = None,
+    data: Data = None,
+    model: Annotated[str | None, typer.Option(help="Where the original is now, for its tokenizer.")] = None,
+    host: Annotated[
+        str, typer.Option(help="Address to listen on; by default, only this machine reaches it.")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port to listen on.", min=1, max=65535)] = 8765,
+    context: Context = 128,
+    sequences: Sequences = 128,
+) -> None:
+    """Serve a live page on a graph: a text, what is used on each token, and what changes when a part is ablated."""
+    with _errors():
+        from unweave.capture import load_tokenizer
+        from unweave.serving import serve as run_server
+        from unweave.storage import load_graph
 
-    from unweave.errors import EmptyDataError, InputError
-
-    if tokenizer is not None:
-        ids = tokenizer(prompt)["input_ids"]
-    else:
-        try:
-            ids = [int(word) for word in prompt.split()]
-        except ValueError as error:
-            raise InputError("this model has no tokenizer: give token ids separated by spaces") from error
-    if not ids:
-        raise EmptyDataError("the prompt is empty")
-    return torch.tensor([ids])
+        graph = load_graph(folder)
+        source = model or _source(graph)
+        tokenizer = load_tokenizer(source) if source else None
+        examples = None
+        if data is not None or source.startswith("zoo:"):
+            examples = _load(graph, source, data, tokenizer, context, sequences)
+        if host not in ("127.0.0.1", "localhost", "::1"):
+            stderr.print("[yellow]others can reach this page, read the graph and use this machine's processor[/]")
+        console.print(f"serving {escape(str(folder))} on http://{escape(host)}:{port}/ (Ctrl-C stops it)")
+        run_server(folder, host, port, with_, tokenizer=tokenizer, data=examples)
 
 
 def _decode(ids: list[int], tokenizer: Any) -> str:

@@ -2,15 +2,41 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from unweave.errors import InputError
+from unweave.errors import EmptyDataError, InputError
 from unweave.execution import run
 from unweave.graph import Graph
 
-__all__ = ["generate"]
+__all__ = ["encode_prompt", "generate"]
+
+
+def encode_prompt(prompt: str, tokenizer: Any = None) -> Int[Tensor, "1 pos"]:
+    """The token ids of a text; without a tokenizer, the text is the ids, separated by spaces.
+
+    Raises:
+        InputError: no tokenizer, and something else than ids.
+        EmptyDataError: there is no token.
+
+    Example:
+        >>> encode_prompt("0 7 3")
+        tensor([[0, 7, 3]])
+    """
+    if tokenizer is not None:
+        ids = tokenizer(prompt)["input_ids"]
+    else:
+        words = prompt.split()
+        # a longer number is no id of any model, and reading it could take long
+        if not all(word.isascii() and word.isdigit() and len(word) < 10 for word in words):
+            raise InputError("this model has no tokenizer: give token ids separated by spaces")
+        ids = [int(word) for word in words]
+    if not ids:
+        raise EmptyDataError("the prompt is empty")
+    return torch.tensor([ids])
 
 
 @torch.no_grad()

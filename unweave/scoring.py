@@ -59,6 +59,7 @@ __all__ = [
     "mean_and_error",
     "measure_edges",
     "port_gradients",
+    "products_by_token",
     "score_edges",
     "scores_from",
     "sequence_moments",
@@ -292,6 +293,11 @@ def edge_products(t: Trace, sent: list[Tensor], gradients: Gradients) -> Float[T
     """The first-order change of the differentiated value if an edge were to carry what its writer writes instead of
     ``sent``, for every possible edge, cut ones too: sum over positions of g_j . (y_i - m_i)."""
     return _Products(t, sent, t.context.n_pos)(gradients, cut_too=True).sum(1)
+
+
+def products_by_token(t: Trace, sent: list[Tensor]) -> Callable[[Gradients], Float[Tensor, "batch pos ports writers"]]:
+    """A function of gradients: :func:`edge_products` position by position, zero where there is no edge."""
+    return _Products(t, sent, 1)
 
 
 def port_gradients(t: Trace) -> Callable[[int, str, Gradients], Float[Tensor, "node batch pos d_model"]]:

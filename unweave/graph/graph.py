@@ -20,6 +20,7 @@ from torch import Tensor
 from unweave import tree
 from unweave.errors import GraphError, InputError, UnknownNameError
 from unweave.graph.cutting import check_means, cut_stage
+from unweave.graph.display import summary_html
 from unweave.graph.narrowing import add_wires, check_factors
 from unweave.graph.parts import Edge, Port, Stage
 from unweave.graph.splitting import Parts, part_names, read_parts, split_stage, split_writers
@@ -489,11 +490,20 @@ class Graph:
         for s, stage in enumerate(self.stages):
             lines.append(f"  {_stage_title(stage)}  {stage.n_parameters:,} parameters")
             for port in stage.ports:
-                row = self.port_starts[s, port.name]
-                rows = slice(row, row + len(stage.nodes))
-                kept, possible = int(self.edge_matrix[rows].sum()), int(self.possible_edges[rows].sum())
+                kept, possible = self._hears(s, port)
                 lines.append(f"    .{port.name:<3} hears {kept} of {possible} edges")
         return "\n".join(lines)
+
+    def _repr_html_(self) -> str:
+        """The graph in a notebook: sizes, and a row for every stage."""
+        ports = [[(p.name, *self._hears(s, p)) for p in t.ports] for s, t in enumerate(self.stages)]
+        return summary_html(repr(self), self.stages, [_stage_title(t) for t in self.stages], ports)
+
+    def _hears(self, s: int, port: Port) -> tuple[int, int]:
+        """(edges into a port of a stage, how many there could be)."""
+        row = self.port_starts[s, port.name]
+        rows = slice(row, row + len(self.stages[s].nodes))
+        return int(self.edge_matrix[rows].sum()), int(self.possible_edges[rows].sum())
 
     def lint(self) -> None:
         """Check the graph's own rules.

@@ -6,7 +6,7 @@ import { layOut, neighbour } from "./layout.js";
 import { hideTip, showTip } from "./tip.js";
 import { change, fromSlider, onChange, toSlider, view, writeAddress } from "./view.js";
 
-const ALWAYS_SHOWN = 12, NEAR = 7, HASTY = 1500, REST_MS = 160;
+const ALWAYS_SHOWN = 12, NEAR = 7, MANY = 300;
 // one edge that outweighs the rest may be wide; many of like weight must leave room for each other
 const WIDEST = Math.max(3, Math.min(8, 8 * Math.sqrt(12 / Math.max(1, kept.slice(0, 200).reduce((sum, edge) => sum + weight(edge) / heaviest, 0)))));
 let plan = null, items = [], hot = null;
@@ -59,6 +59,10 @@ function stroke(pen, edge) {
   pen.bezierCurveTo(...rest);
   pen.stroke();
 }
+// A frame holds so many curves; the rest follow on the next ones. The strongest come first and every other is painted
+// beneath what is there: as if the weakest had been painted first, without waiting for them.
+const A_FRAME = 250;
+let painting = 0;
 function drawEdges() {
   const canvas = $("edges"), ratio = Math.min(devicePixelRatio || 1, 2), pen = canvas.getContext("2d");
   if (canvas.width !== Math.round(plan.width * ratio) || canvas.height !== Math.round(plan.height * ratio)) {
@@ -66,18 +70,24 @@ function drawEdges() {
     canvas.height = Math.round(plan.height * ratio);
   }
   pen.setTransform(ratio, 0, 0, ratio, 0, 0);
+  pen.globalCompositeOperation = "destination-over";
   pen.clearRect(0, 0, plan.width, plan.height);
-  const hues = new Map(ports.map((port) => [port, colour(portColour(port))])), edges = shown();
-  if (view.node !== null) drawRest(pen);
+  const hues = new Map(ports.map((port) => [port, colour(portColour(port))])), edges = shown(), mine = ++painting;
   // few edges may stand out; many must let each other through
   const density = view.node === null ? Math.min(1, 14 / Math.sqrt(edges.length + 1)) : 1;
-  for (let i = Math.min(edges.length, hasty ? HASTY : Infinity) - 1; i >= 0; i--) {
-    const share = Math.sqrt(weight(edges[i]) / heaviest);
-    pen.globalAlpha = Math.min(0.9, (0.3 + 0.25 * density) * density + 0.75 * share + (view.node === null ? 0 : 0.2));
-    pen.lineWidth = widthOf(edges[i]) + (view.node === null ? 0 : 0.5);
-    pen.strokeStyle = hues.get(edges[i].port);
-    stroke(pen, edges[i]);
-  }
+  const part = (from) => {
+    if (mine !== painting) return;
+    for (const edge of edges.slice(from, from + A_FRAME)) {
+      const share = Math.sqrt(weight(edge) / heaviest);
+      pen.globalAlpha = Math.min(0.9, (0.3 + 0.25 * density) * density + 0.75 * share + (view.node === null ? 0 : 0.2));
+      pen.lineWidth = widthOf(edge) + (view.node === null ? 0 : 0.5);
+      pen.strokeStyle = hues.get(edge.port);
+      stroke(pen, edge);
+    }
+    if (from + A_FRAME < edges.length) requestAnimationFrame(() => part(from + A_FRAME));
+    else if (view.node !== null) drawRest(pen);
+  };
+  part(0);
   return edges;
 }
 // the other edges stay as a trace, so that the node is seen in its place
@@ -111,37 +121,35 @@ function drawNodes() {
   // bands lie under the canvas: they are drawn as its background, in an SVG of their own
   $("stage").querySelector(".bands")?.remove();
   $("stage").prepend(svg("svg", { class: "bands", viewBox: `0 0 ${plan.width} ${plan.height}`, width: plan.width, height: plan.height, "aria-hidden": "true" }, bands));
+  root.classList.toggle("many", items.length > MANY);
   root.replaceChildren(hot, ...items);
 }
 
 // ---- bringing the picture up to date, at most once a frame ----
-let asked = false, hasty = false, rest = 0;
-export function redraw() {
+let asked = false, edgesAsked = false, drawn = [];
+export function redraw(part) {
+  // a search marks nodes and leaves the edges as they are
+  edgesAsked ||= !(part && Object.keys(part).every((name) => name === "find"));
   if (asked) return;
   asked = true;
   requestAnimationFrame(() => { asked = false; update(); });
 }
-// while the slider moves only the strongest edges are drawn; all of them once it rests
-function drag() {
-  hasty = true;
-  clearTimeout(rest);
-  rest = setTimeout(() => { hasty = false; redraw(); }, REST_MS);
-  change({ least: fromSlider(Number($("threshold").value)) });
-}
+const drag = () => change({ least: fromSlider(Number($("threshold").value)) });
 function matches() {
   const wanted = view.find.trim().toLowerCase();
   return wanted ? new Set(data.nodes.flatMap((node, i) => (node.name.toLowerCase().includes(wanted) || short(node.name).includes(wanted) ? [i] : []))) : null;
 }
 function update() {
-  const edges = drawEdges(), found = matches();
-  const linked = new Set(edges.flatMap((edge) => [edge.src, edge.dst]));
+  if (edgesAsked) drawn = drawEdges();
+  edgesAsked = false;
+  const edges = drawn, found = matches();
+  const linked = new Set(view.node === null ? [] : edges.flatMap((edge) => [edge.src, edge.dst]));
   const reached = view.node ?? (items.includes(document.activeElement) ? items.indexOf(document.activeElement) : 0);
   items.forEach((item, i) => {
     item.classList.toggle("chosen", i === view.node);
     item.classList.toggle("found", Boolean(found?.has(i)));
     item.classList.toggle("faded", found ? !found.has(i) : view.node !== null && i !== view.node && !linked.has(i));
-    item.setAttribute("aria-pressed", String(i === view.node));
-    item.setAttribute("tabindex", i === reached ? "0" : "-1");
+    for (const [key, value] of [["aria-pressed", String(i === view.node)], ["tabindex", i === reached ? "0" : "-1"]]) if (item.getAttribute(key) !== value) item.setAttribute(key, value);
   });
   const part = edges.reduce((sum, edge) => sum + weight(edge), 0);
   const whose = view.node === null ? "edges" : `edges of ${nodeName(view.node)}`, of = view.node === null ? ` of ${count(kept.length)}` : "";
@@ -262,6 +270,6 @@ export function startGraph() {
   onChange((part) => {
     if ("least" in part) showThreshold();
     if ("node" in part) writeAddress();
-    redraw();
+    redraw(part);
   });
 }
