@@ -109,8 +109,7 @@ def test_moments_equal_those_of_the_plainest_executor(name):
 @pytest.mark.parametrize("name", FAMILIES)
 def test_nothing_is_lost_where_nothing_is_dropped(name):
     graph, data, moments = setup(name)
-    budgeter = Budgeter(graph, moments)
-    full = budgeter.build([part.choose(0.0) for _, part in budgeter.parts])
+    full = Budgeter(graph, moments).lossless()
     x = data.tokens[:4].long()
     assert torch.allclose(run(full, x).logits, run(graph, x).logits, atol=2e-3)
     assert full.n_channel_parameters <= graph.n_channel_parameters * 1.05

@@ -25,6 +25,7 @@ from unweave.compression.factors import (
     root,
     spectrum,
     to_map,
+    worth,
 )
 from unweave.compression.moments import ChannelMoments
 from unweave.graph import Port, Read, Stage
@@ -32,6 +33,8 @@ from unweave.ops import Attention, Dense, Identity, LinearMap, Pivoted, Stacked
 
 __all__ = ["Choice", "Part", "channel_parts"]
 
+# singular values below this share of the largest are float32 rounding
+SMALL = 1e-6
 NEURON_SHARES = tuple(k / 20 for k in range(20, 0, -1))
 
 
@@ -201,7 +204,7 @@ def _group_projectors(
     for second, gradient in zip(seen, felt, strict=True):
         half, inverse = root(gradient)
         u, s, _ = torch.linalg.svd(half @ root(second, 0.0)[0])
-        out.append((inverse @ u, u.T @ half, 0.5 * s.square()))
+        out.append((inverse @ u, u.T @ half, worth(s)))
     return out
 
 
@@ -270,8 +273,8 @@ class ValueOutputPart(Part):
                 columns.append(self.outputs[h] @ left[:, :r] @ basis)
                 mean = self.moments.code[h * w : (h + 1) * w]
                 biased = torch.zeros_like(mean) if read.bias is None else read.bias.double().split(w)[group]
-                kept = columns[-1] @ torch.linalg.lstsq(basis, right[:r] @ (mean - biased)).solution if r else 0.0
-                constant = constant + self.outputs[h] @ mean - kept
+                kept = left[:, :r] @ right[:r] @ (mean - biased)
+                constant = constant + self.outputs[h] @ (mean - kept)
         ranks = tuple(choice.ranks)
         read = Read(Stacked(tuple(maps)), ranks, None)
         stage = _replace_read(stage, 2, 0, read)
@@ -339,7 +342,8 @@ class QueryKeyPart(Part):
             new_k.append(Pivoted(pivoted.rest.to(dtype), pivoted.pivots, pivoted.others))
             if k.bias is not None:
                 moved = left[:, :r].T @ k.bias.double().split(w)[group]
-                bias_k.append(torch.linalg.lstsq(basis, moved).solution if r else moved)
+                # what lies outside the span of the keys moves all scores of a query alike
+                bias_k.append(torch.linalg.pinv(basis, rtol=SMALL) @ moved)
             for h in range(group * per_group, (group + 1) * per_group):
                 new_q.append(basis.T @ right[:r] @ queries[h])
                 if q.bias is not None:
