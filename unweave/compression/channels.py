@@ -33,8 +33,6 @@ from unweave.ops import Attention, Dense, Identity, LinearMap, Pivoted, Stacked
 
 __all__ = ["Choice", "Part", "channel_parts"]
 
-# singular values below this share of the largest are float32 rounding
-SMALL = 1e-6
 NEURON_SHARES = tuple(k / 20 for k in range(20, 0, -1))
 
 
@@ -73,7 +71,7 @@ def channel_parts(stage: Stage, moments: ChannelMoments) -> list[Part]:
         return [MlpPart(stage, moments)]
     core = stage.core
     parts: list[Part] = []
-    product = core.rotary is None and core.q_norm is None and core.k_norm is None
+    product = core.rotary is None and core.q_norm is None and core.k_norm is None and core.softcap is None
     if product:
         parts.append(QueryKeyPart(stage, moments))
     else:
@@ -287,8 +285,8 @@ class ValueOutputPart(Part):
 class QueryKeyPart(Part):
     """Queries and keys where nothing stands between them: the score q . k needs only the product W_Q^T W_K.
 
-    Rank r of a group of g heads costs r (d + g d) - r^2 numbers: the keys are stored pivoted. Biases are taken
-    along, so means need no constants.
+    Rank r of a group of g heads costs r (d + g d) - r^2 numbers: the keys are stored pivoted. Biases of queries are
+    taken along, so means need no constants; those of keys add the same to all scores of a query and are left out.
     """
 
     stage: Stage
@@ -314,7 +312,7 @@ class QueryKeyPart(Part):
     def numbers(self) -> Float[Tensor, " ranks"]:
         _, per_group, w = self.sizes
         d, r = self.stage.ports[0].reads[0].map.d_in, torch.arange(w + 1)
-        biases = (1 + per_group) * r if self.stage.ports[0].reads[0].bias is not None else 0 * r
+        biases = per_group * r if self.stage.ports[0].reads[0].bias is not None else 0 * r
         return (r * (d + per_group * d) - r * r + biases).double()
 
     def choose(self, price: float) -> Choice:
@@ -332,7 +330,6 @@ class QueryKeyPart(Part):
         new_q: list[Tensor] = []
         new_k: list[LinearMap] = []
         bias_q: list[Tensor] = []
-        bias_k: list[Tensor] = []
         dtype = q.map.dense().dtype
         for group in range(groups):
             left, right, _ = self.projectors[group]
@@ -340,17 +337,13 @@ class QueryKeyPart(Part):
             # q . k becomes (R q) . (L^T k); storing L^T W_K = B P pivoted moves B to the queries
             basis, pivoted = pivot(left[:, :r].T @ keys[group])
             new_k.append(Pivoted(pivoted.rest.to(dtype), pivoted.pivots, pivoted.others))
-            if k.bias is not None:
-                moved = left[:, :r].T @ k.bias.double().split(w)[group]
-                # what lies outside the span of the keys moves all scores of a query alike
-                bias_k.append(torch.linalg.pinv(basis, rtol=SMALL) @ moved)
             for h in range(group * per_group, (group + 1) * per_group):
                 new_q.append(basis.T @ right[:r] @ queries[h])
                 if q.bias is not None:
                     bias_q.append(basis.T @ right[:r] @ q.bias.double().split(w)[h])
         widths = tuple(choice.ranks[h // per_group] for h in range(len(stage.nodes)))
         heads = Read(Dense(torch.cat(new_q).to(dtype)), widths, torch.cat(bias_q).to(dtype) if bias_q else None)
-        shared = Read(Stacked(tuple(new_k)), tuple(choice.ranks), torch.cat(bias_k).to(dtype) if bias_k else None)
+        shared = Read(Stacked(tuple(new_k)), tuple(choice.ranks), None)
         return _replace_read(_replace_read(stage, 0, 0, heads), 1, 0, shared)
 
 
