@@ -174,7 +174,8 @@ def test_neurons_that_say_the_same_are_merged():
     )
     offered = {g.graph.stages[1].code_widths[0]: g.nats for g in narrowings(graph, moments)}
     assert list(offered) == sorted(offered, reverse=True)
-    assert offered[5] < 1e-6 < 1e-3 * offered[min(offered)]
+    assert offered[5] < 1e-4  # a little damping
+    assert offered[min(offered)] > 5e-3
 
 
 @pytest.mark.parametrize("form", FORMS)
