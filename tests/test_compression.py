@@ -14,7 +14,8 @@ from unweave.capture import capture
 from unweave.compression import channel_moments, refine_factors
 from unweave.compression.allocation import Budgeter, compress, mean_divergence
 from unweave.compression.baselines import activation_svd, fisher_rows, pca_slicing, plain_svd, row_fisher_svd
-from unweave.compression.factors import compensated_write, eliminate_neurons, pivot, root, spectrum, to_map
+from unweave.compression.channels import QueryKeyPart, ValueOutputPart
+from unweave.compression.factors import compensated_write, eliminate_neurons, pivot, root, spectrum, to_map, worth
 from unweave.data import float_data, from_tensor
 from unweave.errors import InputError, NonFiniteError
 from unweave.execution import run
@@ -109,11 +110,66 @@ def test_moments_equal_those_of_the_plainest_executor(name):
 @pytest.mark.parametrize("name", FAMILIES)
 def test_nothing_is_lost_where_nothing_is_dropped(name):
     graph, data, moments = setup(name)
-    budgeter = Budgeter(graph, moments)
-    full = budgeter.build([part.choose(0.0) for _, part in budgeter.parts])
+    full = Budgeter(graph, moments).lossless()
     x = data.tokens[:4].long()
     assert torch.allclose(run(full, x).logits, run(graph, x).logits, atol=2e-3)
     assert full.n_channel_parameters <= graph.n_channel_parameters * 1.05
+
+
+def with_keys_and_values_of_rank_one():
+    """A GPT-2, random biases and all, in which one dimension of every head's keys and values says everything."""
+    model = random_model("gpt2")
+    with torch.no_grad():
+        for block in model.transformer.h:
+            maps, d = block.attn.c_attn, block.attn.embed_dim
+            maps.bias.normal_()
+            for start in range(d, 3 * d, d // block.attn.num_heads):
+                head = maps.weight[:, start : start + d // block.attn.num_heads]
+                u, s, v = torch.linalg.svd(head, full_matrices=False)
+                head.copy_(s[0] * torch.outer(u[:, 0], v[0]))
+    return capture(model, verify=False)
+
+
+@pytest.mark.parametrize("part_of", [ValueOutputPart, QueryKeyPart])
+def test_more_dimensions_than_a_head_has_do_no_harm(part_of):
+    graph = with_keys_and_values_of_rank_one()
+    data = from_tensor(torch.randint(50, (24, 12), generator=torch.Generator().manual_seed(2)))
+    moments = channel_moments(graph, data, Scope())
+    far = []
+    for rank in range(5):
+        stages = list(graph.stages)
+        for s, m in moments.items():
+            if stages[s].kind == "attn":
+                part = part_of(stages[s], m)
+                choice = part.choose(0.0)
+                stages[s] = part.apply(stages[s], choice._replace(ranks=(rank,) * len(choice.ranks)))
+        small = unweave.Graph(tuple(stages), graph.info)
+        far.append(mean_divergence(graph, small, data, Scope()))
+    assert far[0] > 1e-4
+    assert max(far[1:]) < 1e-6
+
+
+def test_pivots_stay_small_where_rows_depend_on_each_other():
+    right = torch.randn(4, 1).double() @ torch.randn(1, 9).double() + 1e-8 * torch.randn(4, 9).double()
+    basis, pivoted = pivot(right)
+    assert float(pivoted.rest.abs().max()) < 10
+    assert torch.allclose(basis @ pivoted.dense(), right, atol=1e-12)
+
+
+def test_directions_that_are_rounding_are_worth_nothing():
+    seen = spectrum(torch.randn(5, 2).double() @ torch.randn(2, 6).double(), psd(6), psd(5))
+    assert int((seen.nats > 0).sum()) == 2
+    assert torch.equal(worth(torch.tensor([3.0, 1.0, 1e-6])), torch.tensor([4.5, 0.5, 0.0]))
+
+
+def test_numbers_that_gain_nothing_are_not_stored(induction, induction_data):
+    """All sizes above what it takes to lose nothing give the same graph."""
+    moments = channel_moments(induction, induction_data, Scope("answered"))
+    budgeter = Budgeter(induction, moments)
+    stored = {budgeter.at_size(size).n_channel_parameters for size in (0.999, 0.8, 0.6)}
+    assert len(stored) == 1
+    assert max(stored) <= budgeter.lossless().n_channel_parameters < 0.6 * induction.n_channel_parameters
+    assert mean_divergence(induction, budgeter.at_size(0.8), induction_data, Scope("answered")) < 1e-6
 
 
 @pytest.mark.parametrize("name", FAMILIES)

@@ -13,6 +13,7 @@ from unweave.compression.channels import Choice, Part, channel_parts
 from unweave.compression.compensation import sweep
 from unweave.compression.masks import Masker
 from unweave.compression.moments import ChannelMoments, channel_moments
+from unweave.compression.neurons import Narrowing, narrowings
 from unweave.data import TokenData
 from unweave.errors import InputError
 from unweave.execution import check_inputs, trace
@@ -26,6 +27,8 @@ FORMS = ("low-rank", "sparse")
 PRICE_STEPS = 40
 # the share of all numbers below which looking for a use of them costs more time than it saves nats
 WORTH_SPENDING = 1e-3
+# nats that rounding alone makes: numbers that gain no more are not stored
+WORTHLESS = 1e-9
 
 
 def compress(
@@ -128,22 +131,54 @@ def _sizes(
 
 
 class Budgeter:
-    """All parts of a graph's channels, ready to be allocated at any size."""
+    """All parts of a graph's channels, ready to be allocated at any size, once plain layers are narrowed."""
 
     def __init__(self, graph: Graph, moments: Mapping[int, ChannelMoments]) -> None:
         self.graph = graph
+        self.options = [_Allocation(narrowing) for narrowing in narrowings(graph, moments)]
+
+    def lossless(self) -> Graph:
+        """The smallest graph that loses nothing, as predicted without giving up neurons of plain layers."""
+        return self.options[0].build(self.options[0].lossless)
+
+    def at_size(self, size: float) -> Graph:
+        """The best graph predicted for a size; the graph itself for 1.
+
+        Raises:
+            InputError: the size is smaller than biases and norms.
+        """
+        if size == 1:
+            return self.graph
+        numbers = size * self.graph.n_channel_parameters
+        found = [(chosen, o) for o in self.options if (chosen := o.choose(numbers)) is not None]
+        if not found:
+            raise InputError(f"size {size:.3g} is smaller than the biases and norms alone; ask for more")
+        chosen, option = min(found, key=lambda pair: pair[1].nats + sum(c.nats for c in pair[0]))
+        return option.build(chosen)
+
+
+class _Allocation:
+    """The parts of a graph, perhaps with some neurons given up, ready to be allocated."""
+
+    def __init__(self, narrowing: Narrowing) -> None:
+        self.graph, self.nats = narrowing.graph, narrowing.nats
         self.parts: list[tuple[int, Part]] = [
-            (s, part) for s, m in moments.items() for part in channel_parts(graph.stages[s], m)
+            (s, part) for s, m in narrowing.moments.items() for part in channel_parts(self.graph.stages[s], m)
         ]
         if not self.parts:
             raise InputError("this graph has no attention or MLP channel to compress")
-        chosen = [part.choose(0.0) for _, part in self.parts]
+        chosen = self.lossless
         # norms and other numbers that no choice touches
         self.fixed = self.build(chosen).n_channel_parameters - sum(c.numbers for c in chosen)
 
-    def choose(self, size: float) -> list[Choice]:
-        """One choice per part, together at most ``size`` of the channels' numbers."""
-        target = size * self.graph.n_channel_parameters - self.fixed
+    @property
+    def lossless(self) -> list[Choice]:
+        """For each part the smallest choice that loses nothing."""
+        return [part.choose(0.0) for _, part in self.parts]
+
+    def choose(self, numbers: float) -> list[Choice] | None:
+        """One choice per part, with what no choice touches at most so many numbers; None if none is as small."""
+        target = numbers - self.fixed
         low, high = 1e-14, 1e4
         for _ in range(PRICE_STEPS):
             price = math.sqrt(low * high)
@@ -151,7 +186,7 @@ class Budgeter:
             low, high = (price, high) if over else (low, price)
         chosen = [part.choose(high) for _, part in self.parts]
         if sum(c.numbers for c in chosen) > target:
-            raise InputError(f"size {size:.3g} is smaller than the biases and norms alone; ask for more")
+            return None
         return self._spend(chosen, target - sum(c.numbers for c in chosen))
 
     def _spend(self, chosen: list[Choice], spare: float) -> list[Choice]:
@@ -162,7 +197,7 @@ class Budgeter:
             fits = [n.numbers <= c.numbers + spare for n, c in zip(larger, chosen, strict=True)]
             gains = [(c.nats - n.nats) * ok for n, c, ok in zip(larger, chosen, fits, strict=True)]
             best = max(range(len(gains)), key=gains.__getitem__)
-            if gains[best] <= 0:
+            if gains[best] <= WORTHLESS:
                 break
             spare -= larger[best].numbers - chosen[best].numbers
             chosen[best] = larger[best]
@@ -174,10 +209,6 @@ class Budgeter:
         for (s, part), choice in zip(self.parts, chosen, strict=True):
             stages[s] = part.apply(stages[s], choice)
         return dataclasses.replace(self.graph, stages=tuple(stages))
-
-    def at_size(self, size: float) -> Graph:
-        """The best graph predicted for a size; the graph itself for 1."""
-        return self.graph if size == 1 else self.build(self.choose(size))
 
 
 def _to_error(

@@ -25,6 +25,7 @@ from unweave.compression.factors import (
     root,
     spectrum,
     to_map,
+    worth,
 )
 from unweave.compression.moments import ChannelMoments
 from unweave.graph import Port, Read, Stage
@@ -70,7 +71,7 @@ def channel_parts(stage: Stage, moments: ChannelMoments) -> list[Part]:
         return [MlpPart(stage, moments)]
     core = stage.core
     parts: list[Part] = []
-    product = core.rotary is None and core.q_norm is None and core.k_norm is None
+    product = core.rotary is None and core.q_norm is None and core.k_norm is None and core.softcap is None
     if product:
         parts.append(QueryKeyPart(stage, moments))
     else:
@@ -201,7 +202,7 @@ def _group_projectors(
     for second, gradient in zip(seen, felt, strict=True):
         half, inverse = root(gradient)
         u, s, _ = torch.linalg.svd(half @ root(second, 0.0)[0])
-        out.append((inverse @ u, u.T @ half, 0.5 * s.square()))
+        out.append((inverse @ u, u.T @ half, worth(s)))
     return out
 
 
@@ -270,8 +271,8 @@ class ValueOutputPart(Part):
                 columns.append(self.outputs[h] @ left[:, :r] @ basis)
                 mean = self.moments.code[h * w : (h + 1) * w]
                 biased = torch.zeros_like(mean) if read.bias is None else read.bias.double().split(w)[group]
-                kept = columns[-1] @ torch.linalg.lstsq(basis, right[:r] @ (mean - biased)).solution if r else 0.0
-                constant = constant + self.outputs[h] @ mean - kept
+                kept = left[:, :r] @ right[:r] @ (mean - biased)
+                constant = constant + self.outputs[h] @ (mean - kept)
         ranks = tuple(choice.ranks)
         read = Read(Stacked(tuple(maps)), ranks, None)
         stage = _replace_read(stage, 2, 0, read)
@@ -284,8 +285,8 @@ class ValueOutputPart(Part):
 class QueryKeyPart(Part):
     """Queries and keys where nothing stands between them: the score q . k needs only the product W_Q^T W_K.
 
-    Rank r of a group of g heads costs r (d + g d) - r^2 numbers: the keys are stored pivoted. Biases are taken
-    along, so means need no constants.
+    Rank r of a group of g heads costs r (d + g d) - r^2 numbers: the keys are stored pivoted. Biases of queries are
+    taken along, so means need no constants; those of keys add the same to all scores of a query and are left out.
     """
 
     stage: Stage
@@ -311,7 +312,7 @@ class QueryKeyPart(Part):
     def numbers(self) -> Float[Tensor, " ranks"]:
         _, per_group, w = self.sizes
         d, r = self.stage.ports[0].reads[0].map.d_in, torch.arange(w + 1)
-        biases = (1 + per_group) * r if self.stage.ports[0].reads[0].bias is not None else 0 * r
+        biases = per_group * r if self.stage.ports[0].reads[0].bias is not None else 0 * r
         return (r * (d + per_group * d) - r * r + biases).double()
 
     def choose(self, price: float) -> Choice:
@@ -329,7 +330,6 @@ class QueryKeyPart(Part):
         new_q: list[Tensor] = []
         new_k: list[LinearMap] = []
         bias_q: list[Tensor] = []
-        bias_k: list[Tensor] = []
         dtype = q.map.dense().dtype
         for group in range(groups):
             left, right, _ = self.projectors[group]
@@ -337,16 +337,13 @@ class QueryKeyPart(Part):
             # q . k becomes (R q) . (L^T k); storing L^T W_K = B P pivoted moves B to the queries
             basis, pivoted = pivot(left[:, :r].T @ keys[group])
             new_k.append(Pivoted(pivoted.rest.to(dtype), pivoted.pivots, pivoted.others))
-            if k.bias is not None:
-                moved = left[:, :r].T @ k.bias.double().split(w)[group]
-                bias_k.append(torch.linalg.lstsq(basis, moved).solution if r else moved)
             for h in range(group * per_group, (group + 1) * per_group):
                 new_q.append(basis.T @ right[:r] @ queries[h])
                 if q.bias is not None:
                     bias_q.append(basis.T @ right[:r] @ q.bias.double().split(w)[h])
         widths = tuple(choice.ranks[h // per_group] for h in range(len(stage.nodes)))
         heads = Read(Dense(torch.cat(new_q).to(dtype)), widths, torch.cat(bias_q).to(dtype) if bias_q else None)
-        shared = Read(Stacked(tuple(new_k)), tuple(choice.ranks), torch.cat(bias_k).to(dtype) if bias_k else None)
+        shared = Read(Stacked(tuple(new_k)), tuple(choice.ranks), None)
         return _replace_read(_replace_read(stage, 0, 0, heads), 1, 0, shared)
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from unweave.compression.masks import TINY, Metric, is_biased, solve
 from unweave.compression.matrices import Matrix, Place, channel_matrices, matrix_moments, with_matrices
 from unweave.compression.moments import ChannelMoments, check_compressible
+from unweave.compression.neurons import Narrowing, give_up, kept_neurons
 from unweave.data import Batch, TokenData
 from unweave.errors import InputError, NonFiniteError
 from unweave.execution import Trace, check_inputs, plan_of, run_stages
@@ -37,11 +38,11 @@ class Refit(NamedTuple):
     """
 
     x: Float[Tensor, " d_in"]
-    y: Float[Tensor, " d_in"]
+    y: Float[Tensor, " d_left"]
     owed: Float[Tensor, " d_out"] | None
-    yy: Float[Tensor, "d_in d_in"]
-    xy: Float[Tensor, "d_in d_in"]
-    owed_y: Float[Tensor, "d_out d_in"] | None
+    yy: Float[Tensor, "d_left d_left"]
+    xy: Float[Tensor, "d_in d_left"]
+    owed_y: Float[Tensor, "d_out d_left"] | None
 
 
 def sweep(
@@ -93,13 +94,14 @@ def sweep(
     places = [place for place, matrix in masked.items() if isinstance(matrix.map, Masked)]
     if not places or list(masked) != list(channel_matrices(original)):
         raise InputError("sweep improves a graph that sparsify made from this original; it has no masks, or others")
+    narrowed = give_up(original, moments, kept_neurons(graph, original))
     rows = list(_groups(places))
     for s, group in track(rows, "sweeping masks", len(rows), show=progress):
         step = _Step(original, graph, s, group)
         sums = accumulate(data, step, batch_size=batch_size, progress=False)
         if not all(bool(torch.isfinite(value).all()) for value in sums.values()):
             raise NonFiniteError(f"{graph.stages[s].nodes[0]} hears NaN or inf; look at this data, or use float32")
-        new = {place: _fit(original, graph, moments, place, _finish(sums, graph, place)) for place in group}
+        new = {place: _fit(original, graph, narrowed, place, _finish(sums, graph, place)) for place in group}
         graph = with_matrices(graph, new)
     return graph
 
@@ -152,7 +154,7 @@ class _Step:
         return t.normed[self.stage, port][:, 0]
 
 
-def _sums(x: Float[Tensor, "tokens d_in"], y: Float[Tensor, "tokens d_in"]) -> Sums:
+def _sums(x: Float[Tensor, "tokens d_in"], y: Float[Tensor, "tokens d_left"]) -> Sums:
     return {"x": x.sum(0).double(), "y": y.sum(0).double(), "yy": (y.T @ y).double(), "xy": (x.T @ y).double()}
 
 
@@ -170,13 +172,13 @@ def _finish(sums: Sums, graph: Graph, place: Place) -> Refit:
     return Refit(x, y, owed, yy - torch.outer(y, y), xy - torch.outer(x, y), owed_y)
 
 
-def _fit(original: Graph, graph: Graph, moments: Mapping[int, ChannelMoments], place: Place, seen: Refit) -> Matrix:
+def _fit(original: Graph, graph: Graph, narrowed: Narrowing, place: Place, seen: Refit) -> Matrix:
     """The matrix that replaces one of the compressed graph: as many numbers, perhaps at other positions."""
-    (map_, bias), old = channel_matrices(original)[place], channel_matrices(graph)[place].map
+    old, prior = channel_matrices(graph)[place].map, channel_matrices(narrowed.graph)[place].map.dense()
     assert isinstance(old, Masked)
-    weight = map_.dense()
-    goal = _goal(weight.double(), seen)
-    metric = Metric.of(goal, seen.yy, matrix_moments(original, moments, place).felt2, DAMPING)
+    weight, bias = _rows_left(original, graph, place)
+    goal = _goal(weight.double(), prior.double(), seen)
+    metric = Metric.of(goal, seen.yy, matrix_moments(narrowed.graph, narrowed.moments, place).felt2, DAMPING)
     (values,), (mask,) = solve([metric], len(old.values), rounds=ROUNDS, polish=POLISH)
     new = Masked.keep(metric.weight(values).to(weight), mask)
     if is_biased(graph, place):
@@ -186,10 +188,21 @@ def _fit(original: Graph, graph: Graph, moments: Mapping[int, ChannelMoments], p
     return Matrix(new, bias)
 
 
-def _goal(weight: Float[Tensor, "d_out d_in"], seen: Refit) -> Float[Tensor, "d_out d_in"]:
-    """W*: the regression of W x + owed on y, shrunk towards W."""
+def _rows_left(original: Graph, graph: Graph, place: Place) -> tuple[Tensor, Tensor | None]:
+    """A matrix of the original and its bias, without the neurons that its layer has given up."""
+    map_, bias = channel_matrices(original)[place]
+    kept = kept_neurons(graph, original).get(original.stages[place[0]].nodes[0])
+    if kept is None:
+        return map_.dense(), bias
+    return map_.dense()[kept], None if bias is None else bias[kept]
+
+
+def _goal(
+    weight: Float[Tensor, "d_out d_in"], prior: Float[Tensor, "d_out d_left"], seen: Refit
+) -> Float[Tensor, "d_out d_left"]:
+    """W*: the regression of W x + owed on y, shrunk towards W, or towards what W became as neurons were given up."""
     ridge = RIDGE * seen.yy.diagonal().mean() + TINY
     damped = seen.yy + ridge * torch.eye(len(seen.yy), dtype=seen.yy.dtype, device=seen.yy.device)
-    missing = weight @ (seen.xy - seen.yy)
+    missing = weight @ seen.xy - prior @ seen.yy
     missing = missing if seen.owed_y is None else missing + seen.owed_y
-    return weight + torch.linalg.solve(damped, missing.T).T
+    return prior + torch.linalg.solve(damped, missing.T).T

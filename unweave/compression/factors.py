@@ -13,9 +13,21 @@ from torch import Tensor
 
 from unweave.ops import Dense, LinearMap, LowRank, Pivoted
 
-__all__ = ["Elimination", "Spectrum", "compensated_write", "eliminate_neurons", "pivot", "root", "spectrum", "to_map"]
+__all__ = [
+    "Elimination",
+    "Spectrum",
+    "compensated_write",
+    "eliminate_neurons",
+    "pivot",
+    "root",
+    "spectrum",
+    "to_map",
+    "worth",
+]
 
 CUTOFF = 1e-10
+# the share of all nats of a matrix below which a direction is worth nothing: the cutoff and float32 leave as much
+ROUNDING = 1e-9
 
 
 def root(matrix: Float[Tensor, "n n"], damping: float = 1e-6) -> tuple[Float[Tensor, "n n"], Float[Tensor, "n n"]]:
@@ -23,6 +35,12 @@ def root(matrix: Float[Tensor, "n n"], damping: float = 1e-6) -> tuple[Float[Ten
     values, vectors = torch.linalg.eigh(matrix.double())
     values = values.clamp(min=0) + damping * values.clamp(min=0).mean() + CUTOFF * values.abs().max() + 1e-300
     return (vectors * values.sqrt()) @ vectors.T, (vectors / values.sqrt()) @ vectors.T
+
+
+def worth(singular: Float[Tensor, " k"]) -> Float[Tensor, " k"]:
+    """What directions of these singular values are worth, in nats: s^2 / 2, and nothing where that is rounding."""
+    nats = 0.5 * singular.square()
+    return torch.where(nats > ROUNDING * nats.sum(), nats, 0.0)
 
 
 class Spectrum(NamedTuple):
@@ -52,7 +70,7 @@ def spectrum(
     felt, unfelt = root(felt2)
     u, s, _ = torch.linalg.svd(felt @ weight @ root(inputs2, 0.0)[0], full_matrices=False)
     # the projector G^-1/2 U_r U_r^T G^1/2 applied to W needs no inverse of A
-    return Spectrum(unfelt @ u, u.T @ felt @ weight, 0.5 * s.square())
+    return Spectrum(unfelt @ u, u.T @ felt @ weight, worth(s))
 
 
 class Elimination(NamedTuple):
@@ -106,9 +124,14 @@ def compensated_write(
 
 
 def pivot(right: Float[Tensor, "rank d"]) -> tuple[Float[Tensor, "rank rank"], Pivoted]:
-    """(B, P) with right = B P and P the identity on ``rank`` well-conditioned columns (QR with pivoting)."""
+    """(B, P) with right = B P and P the identity on ``rank`` well-conditioned columns (QR with pivoting).
+
+    Pivots are sought in an orthonormal basis of the rows, so that P is well-conditioned whatever ``right`` is: where
+    its rows depend on each other, B is singular, and nothing is divided by what rounding has left of them.
+    """
     rank, d = right.shape
-    work = right.double().clone()
+    rows, scales = torch.linalg.qr(right.double().T)
+    work = rows.T.clone()
     columns: list[int] = []
     left = torch.ones(d, dtype=torch.bool, device=right.device)
     for _ in range(rank):
@@ -120,11 +143,8 @@ def pivot(right: Float[Tensor, "rank d"]) -> tuple[Float[Tensor, "rank rank"], P
         work = work - torch.outer(axis, axis @ work)
     pivots = torch.tensor(sorted(columns), dtype=torch.long, device=right.device)
     others = left.nonzero()[:, 0]
-    basis = right.double()[:, pivots]
-    if not rank:
-        return basis, Pivoted(right.double()[:, others], pivots, others)
-    rest = torch.linalg.lstsq(basis, right.double()[:, others]).solution
-    return basis, Pivoted(rest, pivots, others)
+    square = rows.T[:, pivots]
+    return scales.T @ square, Pivoted(torch.linalg.solve(square, rows.T[:, others]), pivots, others)
 
 
 def to_map(left: Float[Tensor, "out rank"], right: Float[Tensor, "rank in"], dtype: torch.dtype) -> LinearMap:

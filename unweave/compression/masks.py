@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Bool, Float
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from unweave.compression.matrices import Matrix, Place, channel_matrices, matrix_moments, with_matrices
 from unweave.compression.moments import ChannelMoments, check_compressible
+from unweave.compression.neurons import Narrowing, give_up, kept_neurons, narrowings, plain_layers
 from unweave.errors import InputError
 from unweave.graph import Graph
 from unweave.ops import Masked, mask_numbers
@@ -26,6 +28,8 @@ __all__ = ["Masker", "Metric", "is_biased", "largest", "solve", "sparsify"]
 DAMPING = 1e-2
 RHO = 1.0
 ROUNDS, POLISH = 10, 5
+# how often neurons without weights make room for other weights
+ROOMS = 4
 # nothing that real data sends or feels is as small; keeps what is never used from dividing by zero
 TINY = 1e-30
 
@@ -135,44 +139,97 @@ def solve(
 
 
 class Masker:
-    """All matrices of a graph's channels, ready to be masked at any size."""
+    """All matrices of a graph's channels, ready to be masked at any size, once plain layers are narrowed."""
 
     def __init__(self, graph: Graph, moments: Mapping[int, ChannelMoments]) -> None:
         check_compressible(graph)
-        self.graph, self.matrices = graph, channel_matrices(graph)
-        if not self.matrices:
+        if not channel_matrices(graph):
             raise InputError("this graph has no attention or MLP channel to compress")
-        self.moments = {place: matrix_moments(graph, moments, place) for place in self.matrices}
+        self.graph, self.moments = graph, moments
+        self.options = [_Masking(narrowing) for narrowing in narrowings(graph, moments)]
+
+    def at_size(self, size: float) -> Graph:
+        """The best graph predicted for a size; the graph itself for 1.
+
+        Raises:
+            InputError: the size is smaller than masks, biases and norms.
+        """
+        if size == 1:
+            return self.graph
+        numbers = size * self.graph.n_channel_parameters
+        found = [masked for option in self.options for masked in self._candidates(option, numbers)]
+        if not found:
+            raise InputError(f"size {size:.3g} is smaller than masks, biases and norms alone; ask for more")
+        return min(found, key=lambda masked: masked.nats).graph
+
+    def _candidates(self, option: _Masking, numbers: float) -> list[_Candidate]:
+        """One option at a size, and what it becomes as neurons that are left without weights make room for others."""
+        found: list[_Candidate] = []
+        for _ in range(ROOMS):
+            masked = option.keep(numbers)
+            if masked is None:
+                break
+            found.append(masked)
+            if not masked.idle:
+                break
+            left = {**kept_neurons(option.narrowing.graph, self.graph)}
+            for node, idle in masked.idle.items():
+                before = left.get(node, list(range(self.graph.find(node)[0].code_widths[0])))
+                left[node] = [n for i, n in enumerate(before) if i not in idle]
+            option = _Masking(give_up(self.graph, self.moments, left))
+        return found
+
+
+class _Candidate(NamedTuple):
+    """A masked graph, the nats predicted, and the neurons of plain layers that nothing enters or that nothing hears."""
+
+    graph: Graph
+    nats: float
+    idle: dict[str, set[int]]
+
+
+class _Masking:
+    """The matrices of a graph, perhaps with some neurons given up, ready to be masked."""
+
+    def __init__(self, narrowing: Narrowing) -> None:
+        self.narrowing, self.graph = narrowing, narrowing.graph
+        self.matrices = channel_matrices(self.graph)
+        self.moments = {place: matrix_moments(self.graph, narrowing.moments, place) for place in self.matrices}
         self.metrics = {
             place: Metric.of(matrix.map.dense(), self.moments[place].inputs2, self.moments[place].felt2)
             for place, matrix in self.matrices.items()
         }
 
-    def count(self, size: float) -> int:
-        """How many single weights a size leaves, after norms, biases (new ones, too) and one bit per position.
+    def keep(self, numbers: float) -> _Candidate | None:
+        """The best graph of so many numbers, if masks and biases leave room for weights."""
+        count = math.floor(numbers) - self._fixed()
+        if count < 0:
+            return None
+        values, masks = solve(list(self.metrics.values()), count)
+        nats, new = self.narrowing.nats, {}
+        for (place, metric), v, mask in zip(self.metrics.items(), values, masks, strict=True):
+            new[place] = self._masked(place, metric.weight(v), mask)
+            nats += metric.nats(v)
+        return _Candidate(with_matrices(self.graph, new), nats, self._idle(dict(zip(self.metrics, masks, strict=True))))
 
-        Raises:
-            InputError: none are left.
-        """
-        stored = self.graph.n_channel_parameters
-        fixed = stored - sum(m.map.n_parameters for m in self.matrices.values())
+    def _fixed(self) -> int:
+        """Norms, biases (new ones, too) and one bit per position."""
+        fixed = self.graph.n_channel_parameters - sum(m.map.n_parameters for m in self.matrices.values())
         for place, (map_, bias) in self.matrices.items():
             fixed += mask_numbers(map_.d_out, map_.d_in)
             fixed += map_.d_out if bias is None and is_biased(self.graph, place) else 0
-        count = math.floor(size * stored) - fixed
-        if count < 0:
-            raise InputError(f"size {size:.3g} is smaller than masks, biases and norms alone; ask for more")
-        return count
+        return fixed
 
-    def at_size(self, size: float) -> Graph:
-        """The best graph predicted for a size; the graph itself for 1."""
-        if size == 1:
-            return self.graph
-        values, masks = solve(list(self.metrics.values()), self.count(size))
-        new = {}
-        for (place, metric), v, mask in zip(self.metrics.items(), values, masks, strict=True):
-            new[place] = self._masked(place, metric.weight(v), mask)
-        return with_matrices(self.graph, new)
+    def _idle(self, masks: Mapping[Place, Tensor]) -> dict[str, set[int]]:
+        idle = {}
+        for s, reader in plain_layers(self.graph).items():
+            used = masks[s, self.graph.stages[s].ports[0].name, 0].any(1)
+            columns = [mask.any(0) for place, mask in masks.items() if place[0] == reader and place[1] != "write"]
+            if columns:
+                used = used & torch.stack(columns).any(0)
+            if not bool(used.all()) and bool(used.any()):
+                idle[self.graph.stages[s].nodes[0]] = set((~used).nonzero()[:, 0].tolist())
+        return idle
 
     def _masked(self, place: Place, weight: Tensor, mask: Tensor) -> Matrix:
         old, bias = self.matrices[place].map.dense(), self.matrices[place].bias
@@ -192,7 +249,8 @@ def sparsify(graph: Graph, moments: Mapping[int, ChannelMoments], size: float) -
     """A graph of the same matrices that keeps only some of their numbers (closed form, no data pass).
 
     Minimise the sum over matrices of 1/2 tr(G D A D^T), A and G damped by 1e-2 of their diagonals, for a number of
-    kept weights that brings the channels to ``size``; what was left out stays as a constant, its mean.
+    kept weights that brings the channels to ``size``; what was left out stays as a constant, its mean. Plain layers
+    give up whole neurons first, as many as the prediction says (:mod:`unweave.compression.neurons`).
 
     Args:
         graph: a captured graph with no edge cut.
@@ -201,14 +259,15 @@ def sparsify(graph: Graph, moments: Mapping[int, ChannelMoments], size: float) -
             counts 1/32 number, and biases that appear are counted.
 
     Returns:
-        A graph of the same nodes, edges and shapes; the graph itself at size 1.
+        A graph of the same nodes and edges, and of the same shapes but for plain layers; the graph itself at size 1.
 
     Raises:
         InputError: the size is out of range or smaller than masks and biases; edges are cut, or nodes are split; the
             moments are of another graph.
 
     Cost:
-        Two eigendecompositions per matrix (O(d^3 + d_mlp^3) per layer) and 60 products of the size of the matrix with
+        Two eigendecompositions per matrix (O(d^3 + d_mlp^3) per layer; about ten times as much where there are plain
+        layers) and 60 products of the size of the matrix with
         a square one; memory of six times the channels' numbers.
 
     Exact?
