@@ -65,6 +65,7 @@ LAYERS = (
     "report",
     "pipeline",
     "dissection",
+    "modularisation",
     "cli",
     "__main__",
 )
