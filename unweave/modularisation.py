@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -19,7 +19,7 @@ from unweave.capture import capture, load_tokenizer
 from unweave.circuits.distance import per_prompt
 from unweave.data import TokenData
 from unweave.errors import InputError
-from unweave.graph import Graph
+from unweave.graph import Edge, Graph
 from unweave.modules import (
     Interface,
     Interfaces,
@@ -161,7 +161,7 @@ def modularise(
         widths = _widths(interfaces, test, seed, options)
         effects = _effects(graph, modules, test, scope, instead, n_random, seed, options)
     scores = score_edges(graph, train, scope, means=means, seed=seed, **options)
-    report = _report(graph, source, scores, scope, train, test, load_results(model) if _is_folder(model) else {})
+    report = _report(graph, source, scores, scope, train, test, _folder_results(model))
     result = Modularised(graph, modules, partition, interfaces, widths, effects, traffic, report)
     report["modules"] = _module_facts(result, train, tokenizer)
     report["provenance"] = {
@@ -180,6 +180,10 @@ def modularise(
 
 def _is_folder(model: Any) -> bool:
     return isinstance(model, str | Path) and (Path(model) / "graph.json").is_file()
+
+
+def _folder_results(model: Any) -> dict[str, Any]:
+    return load_results(model) if _is_folder(model) else {}
 
 
 def _opened(model: str | Path | nn.Module | Graph, tokenizer: Any) -> tuple[Graph, str, Any]:
@@ -281,21 +285,22 @@ def _without_directions(
     partition = Partition.from_blocks(graph.nodes, blocks.values())
     names = [nodes[members[0]] for members in partition.blocks.values()]
     nats = between_blocks(modules.criterion.communication.nats, partition)
-    edges: dict[tuple[str, str], list[Any]] = {}
+    edges: dict[tuple[str, str], list[Edge]] = {}
     for edge in graph.name_edges(graph.edge_matrix):
         edges.setdefault((nodes[edge.src], nodes[edge.dst]), []).append(edge)
-    nothing = torch.zeros(0, 1)
     found = [
-        Interface(
-            *(src, dst, tuple(some), float(nats[names.index(dst), names.index(src)]), float("nan")),
-            *(nothing, nothing, torch.zeros(0), nats[names.index(dst), names.index(src)][None].float(), (), (), ()),
-        )
+        _plain_interface(src, dst, tuple(some), float(nats[names.index(dst), names.index(src)]))
         for (src, dst), some in edges.items()
         if src != dst
     ]
     assert instead.means is not None
     ranked = tuple(sorted(found, key=lambda i: -i.nats))
     return Interfaces(graph, ranked, instead.means, scope, len(data), require_positions(scope, data))
+
+
+def _plain_interface(src: str, dst: str, edges: tuple[Edge, ...], nats: float) -> Interface:
+    none = torch.zeros(0, 1)
+    return Interface(src, dst, edges, nats, float("nan"), none, none, none[:, 0], torch.tensor([nats]), (), (), ())
 
 
 def _edges_of(graph: Graph, interface: Interface) -> Bool[Tensor, "ports writers"]:
@@ -352,7 +357,7 @@ def _report(
 ) -> dict[str, Any]:
     """What every report holds; how far a graph is from its model comes from the folder it was in."""
     name = str(graph.info.get("name") or source or "graph")
-    empty = {"faithfulness": [], "worst_tokens": [], "rate_distortion": []}
+    empty: dict[str, Any] = {"faithfulness": [], "worst_tokens": [], "rate_distortion": []}
     return {
         "format": "unweave-report",
         "version": 1,
@@ -402,6 +407,8 @@ def _partition_facts(partition: Partition, row: Mapping[str, Any], modules: Modu
         "modularity": row["modularity"],
         "n_cut": row["n_cut"],
         "inside": nats.diagonal().tolist(),
+        "heard": heard.sum(1).tolist(),
+        "sent": heard.sum(0).tolist(),
         "bands": [{"src": i, "dst": j, "nats": float(heard[j, i])} for j, i in pairs if float(heard[j, i]) > 0],
     }
 
@@ -436,17 +443,21 @@ def _directions(interface: Interface, data: TokenData, tokens: list[str] | None)
     return [
         {
             "nats": nats,
-            "highest": [_in_context(e, data, tokens) for e in high[:TOKENS_SHOWN]],
-            "lowest": [_in_context(e, data, tokens) for e in low[:TOKENS_SHOWN]],
+            "highest": _in_context(high, data, tokens),
+            "lowest": _in_context(low, data, tokens),
         }
         for nats, high, low in ends[:DIRECTIONS_SHOWN]
     ]
 
 
-def _in_context(example: Example, data: TokenData, tokens: list[str]) -> dict[str, Any]:
-    before = data.tokens[example.sequence, max(0, example.position - CONTEXT_SHOWN) : example.position + 1].tolist()
-    words = [tokens[int(k)] for k in before]
-    return {"context": "".join(words[:-1]), "token": words[-1], "coordinate": example.coordinate}
+def _in_context(examples: Sequence[Example], data: TokenData, tokens: list[str]) -> list[dict[str, Any]]:
+    """The first few, each with the text before it; the same text is shown once."""
+    found: dict[tuple[str, ...], float] = {}
+    for e in examples:
+        ids = data.tokens[e.sequence, max(0, e.position - CONTEXT_SHOWN) : e.position + 1].tolist()
+        found.setdefault(tuple(tokens[int(k)] for k in ids), e.coordinate)
+    shown = list(found.items())[:TOKENS_SHOWN]
+    return [{"context": "".join(words[:-1]), "token": words[-1], "coordinate": at} for words, at in shown]
 
 
 def _effect_rows(found: Modularised) -> list[dict[str, Any]]:
