@@ -374,9 +374,9 @@ def _check_modules(facts: ModulesFacts, n_nodes: int) -> None:
             got = f"got {len(labels)} labels from {min(labels, default=None)} to {n_blocks - 1} for {n_nodes} nodes"
             raise InputError(f"report data: {where}.labels is one block per node, numbered from 0, {got}")
         for name in ("inside", "heard", "sent"):
-            got = len(partition[name])  # type: ignore[literal-required]
-            if got != n_blocks:
-                raise InputError(f"report data: {where}.{name} is one number per block, got {got} for {n_blocks}")
+            n = len(partition[name])  # type: ignore[literal-required]
+            if n != n_blocks:
+                raise InputError(f"report data: {where}.{name} is one number per block, got {n} for {n_blocks}")
         _check_blocks(f"{where}.bands", [[b["src"], b["dst"]] for b in partition["bands"]], n_blocks)
     measured = [] if facts["measured"] is None else hierarchy[facts["measured"]]["labels"]
     n_blocks = max(measured, default=-1) + 1
