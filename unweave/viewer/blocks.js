@@ -3,7 +3,7 @@ import { data } from "./data.js";
 import { plain, short } from "./format.js";
 
 const EDGE = 14, GAP = 16, RISE = 74, CLOSED = 46, HEAD = 34, CHIP = 24, PAD = 10, LETTER = 6.6;
-const SMALL = 22, WIDEST_BAND = 20, THINNEST_BAND = 0.6, MOST_ROWS = 14;
+const SMALL = 22, WIDEST_BAND = 20, THINNEST_BAND = 0.6, MOST_ROWS = 14, FURTHEST = 260;
 
 // blocks[b] = { members, depth, name, text } of one partition; what is not significant is not called a module
 export function blocksOf(partition, kind) {
@@ -117,11 +117,29 @@ export function layOutBands({ boxes }, bands, most) {
       x += step;
     }
   }
-  for (const one of drawn) one.path = curveOf(one);
+  const rows = [];
+  for (const box of boxes) (rows[box.row] ??= []).push(box);
+  for (const one of drawn) one.path = curveOf(one, detour(one, boxes, rows));
   return drawn;
 }
-function curveOf({ from, to, level }) {
+// how far a band has to bow out, so that it does not run behind a box in the rows between its ends
+function detour({ band, from, to, w }, boxes, rows) {
+  const low = Math.min(boxes[band.src].row, boxes[band.dst].row), high = Math.max(boxes[band.src].row, boxes[band.dst].row);
+  let most = 0;
+  for (let row = low + 1; row < high; row++) {
+    const share = (row - low) / (high - low), up = boxes[band.src].row === low ? share : 1 - share;
+    const x = from.x + (to.x - from.x) * up * up * (3 - 2 * up);
+    const hit = rows[row].find((box) => x > box.x - w / 2 && x < box.x + box.w + w / 2);
+    if (!hit) continue;
+    const left = hit.x - x - w / 2 - 5, right = hit.x + hit.w - x + w / 2 + 5, least = -left < right ? left : right;
+    // a cubic reaches 3 t (1 - t) of what its two inner points are moved by
+    const needed = least / (3 * share * (1 - share));
+    if (Math.abs(needed) > Math.abs(most)) most = needed;
+  }
+  return Math.max(-FURTHEST, Math.min(FURTHEST, most));
+}
+function curveOf({ from, to, level }, out) {
   const y = level ? Math.min(from.y, to.y) - 34 : (from.y + to.y) / 2;
-  return `M${from.x.toFixed(1)} ${from.y.toFixed(1)} C${from.x.toFixed(1)} ${y.toFixed(1)} ${to.x.toFixed(1)} ${y.toFixed(1)} ${to.x.toFixed(1)} ${to.y.toFixed(1)}`;
+  return `M${from.x.toFixed(1)} ${from.y.toFixed(1)} C${(from.x + out).toFixed(1)} ${y.toFixed(1)} ${(to.x + out).toFixed(1)} ${y.toFixed(1)} ${to.x.toFixed(1)} ${to.y.toFixed(1)}`;
 }
 export const blockName = (block) => plain(block.name);
