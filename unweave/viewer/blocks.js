@@ -3,7 +3,7 @@ import { data } from "./data.js";
 import { plain, short } from "./format.js";
 
 const EDGE = 14, GAP = 16, RISE = 74, CLOSED = 46, HEAD = 34, CHIP = 24, PAD = 10, LETTER = 6.6;
-const SMALL = 22, WIDEST_BAND = 20, THINNEST_BAND = 0.6, MOST_ROWS = 14, FURTHEST = 260;
+const SMALL = 22, WIDEST_BAND = 20, THINNEST_BAND = 0.6, MOST_ROWS = 14, FURTHEST = 260, ARCH = 34;
 
 // blocks[b] = { members, depth, name, text } of one partition; what is not significant is not called a module
 export function blocksOf(partition, kind) {
@@ -86,7 +86,8 @@ export function layOutBlocks(blocks, open, width) {
     above.push({ row, bottom, tallest });
     bottom += tallest + rise;
   }
-  const height = bottom - rise + 2 * EDGE;
+  // bands between boxes of the top row arch over them
+  const height = bottom - rise + EDGE + ARCH;
   for (const { row, bottom: at, tallest } of above) for (const { b } of row) boxes[b].y = height - EDGE - at - (tallest + boxes[b].h) / 2;
   return { boxes, width, height, small };
 }
@@ -94,52 +95,53 @@ export function layOutBlocks(blocks, open, width) {
 export const bandWidth = (nats, most) => Math.max(THINNEST_BAND, WIDEST_BAND * Math.sqrt(Math.max(0, nats) / most));
 
 // bands[k] = { band, path, w, back }: up from the top of one box to the bottom of another; those to a box below or
-// beside go the other way round. Along a side, bands stand in the order of where they lead.
-export function layOutBands({ boxes }, bands, most) {
-  const ends = new Map();
+// beside go the other way round. A band past other rows has a lane between their boxes, where there is room. Along a
+// side, bands stand in the order of where they lead.
+export function layOutBands({ boxes, width, small }, bands, most) {
+  const ends = new Map(), rows = [];
+  for (const box of boxes) (rows[box.row] ??= { taken: [], top: Infinity, bottom: 0 }).taken.push([box.x, box.x + box.w]);
+  for (const box of boxes) rows[box.row] = { ...rows[box.row], top: Math.min(rows[box.row].top, box.y), bottom: Math.max(rows[box.row].bottom, box.y + box.h) };
   const drawn = bands.map((band) => {
     const a = boxes[band.src], b = boxes[band.dst], level = a.row === b.row, back = b.row < a.row;
-    const one = { band, w: bandWidth(band.nats, most), back: back || level, level };
+    const one = { band, w: bandWidth(band.nats, most), back: back || level, level, between: rows.slice(Math.min(a.row, b.row) + 1, Math.max(a.row, b.row)) };
+    one.lane = small ? null : laneOf(one, (a.x + a.w / 2 + b.x + b.w / 2) / 2, width);
     for (const [key, box, top, other] of [["from", a, !back, b], ["to", b, level || back, a]]) {
       const side = `${boxes.indexOf(box)} ${top}`;
       if (!ends.has(side)) ends.set(side, []);
-      ends.get(side).push({ one, key, box, top, towards: other.x + other.w / 2 });
+      ends.get(side).push({ one, key, box, top, towards: one.lane ?? other.x + other.w / 2 });
     }
     return one;
   });
-  for (const side of ends.values()) {
-    side.sort((p, q) => p.towards - q.towards);
-    const { box } = side[0], total = side.reduce((sum, end) => sum + end.one.w + 3, 0), squeeze = Math.min(1, (box.w - 8) / total);
-    let x = box.x + box.w / 2 - (total * squeeze) / 2;
-    for (const end of side) {
-      const step = (end.one.w + 3) * squeeze;
-      end.one[end.key] = { x: x + step / 2, y: end.top ? box.y : box.y + box.h };
-      x += step;
-    }
-  }
-  const rows = [];
-  for (const box of boxes) (rows[box.row] ??= []).push(box);
-  for (const one of drawn) one.path = curveOf(one, detour(one, boxes, rows));
+  for (const side of ends.values()) spreadEnds(side);
+  for (const one of drawn) one.path = curveOf(one);
   return drawn;
 }
-// how far a band has to bow out, so that it does not run behind a box in the rows between its ends
-function detour({ band, from, to, w }, boxes, rows) {
-  const low = Math.min(boxes[band.src].row, boxes[band.dst].row), high = Math.max(boxes[band.src].row, boxes[band.dst].row);
-  let most = 0;
-  for (let row = low + 1; row < high; row++) {
-    const share = (row - low) / (high - low), up = boxes[band.src].row === low ? share : 1 - share;
-    const x = from.x + (to.x - from.x) * up * up * (3 - 2 * up);
-    const hit = rows[row].find((box) => x > box.x - w / 2 && x < box.x + box.w + w / 2);
-    if (!hit) continue;
-    const left = hit.x - x - w / 2 - 5, right = hit.x + hit.w - x + w / 2 + 5, least = -left < right ? left : right;
-    // a cubic reaches 3 t (1 - t) of what its two inner points are moved by
-    const needed = least / (3 * share * (1 - share));
-    if (Math.abs(needed) > Math.abs(most)) most = needed;
+function spreadEnds(side) {
+  side.sort((p, q) => p.towards - q.towards);
+  const { box } = side[0], total = side.reduce((sum, end) => sum + end.one.w + 3, 0), squeeze = Math.min(1, (box.w - 8) / total);
+  let x = box.x + box.w / 2 - (total * squeeze) / 2;
+  for (const end of side) {
+    const step = (end.one.w + 3) * squeeze;
+    end.one[end.key] = { x: x + step / 2, y: end.top ? box.y : box.y + box.h };
+    x += step;
   }
-  return Math.max(-FURTHEST, Math.min(FURTHEST, most));
 }
-function curveOf({ from, to, level }, out) {
-  const y = level ? Math.min(from.y, to.y) - 34 : (from.y + to.y) / 2;
-  return `M${from.x.toFixed(1)} ${from.y.toFixed(1)} C${(from.x + out).toFixed(1)} ${y.toFixed(1)} ${(to.x + out).toFixed(1)} ${y.toFixed(1)} ${to.x.toFixed(1)} ${to.y.toFixed(1)}`;
+// the place nearest to the middle where nothing stands in any row between the ends; null where there is none
+function laneOf({ between, w }, middle, width) {
+  if (!between.length) return null;
+  const taken = between.flatMap((row) => row.taken.map(([left, right]) => [left - w / 2 - 4, right + w / 2 + 4]));
+  const free = (x) => x > w / 2 + 2 && x < width - w / 2 - 2 && taken.every(([left, right]) => x <= left || x >= right);
+  const lane = [middle, ...taken.flat()].filter(free).sort((p, q) => Math.abs(p - middle) - Math.abs(q - middle))[0];
+  if (lane === undefined || Math.abs(lane - middle) > FURTHEST) return null;
+  if (w > 1.5) for (const row of between) row.taken.push([lane - w / 2, lane + w / 2]);
+  return lane;
+}
+const bend = (x0, y0, x1, y1) => `C${x0.toFixed(1)} ${((y0 + y1) / 2).toFixed(1)} ${x1.toFixed(1)} ${((y0 + y1) / 2).toFixed(1)} ${x1.toFixed(1)} ${y1.toFixed(1)}`;
+function curveOf({ from, to, level, lane, between }) {
+  const start = `M${from.x.toFixed(1)} ${from.y.toFixed(1)}`, over = Math.min(from.y, to.y) - ARCH;
+  if (level) return `${start} C${from.x.toFixed(1)} ${over.toFixed(1)} ${to.x.toFixed(1)} ${over.toFixed(1)} ${to.x.toFixed(1)} ${to.y.toFixed(1)}`;
+  if (lane === null) return `${start} ${bend(from.x, from.y, to.x, to.y)}`;
+  const low = between[0].bottom, high = between.at(-1).top, [first, last] = from.y > to.y ? [low, high] : [high, low];
+  return `${start} ${bend(from.x, from.y, lane, first)} V${last.toFixed(1)} ${bend(lane, last, to.x, to.y)}`;
 }
 export const blockName = (block) => plain(block.name);

@@ -57,7 +57,7 @@ function drawBits() {
     svg("path", { class: "curve", d: spots.map(({ x, y }, k) => `${k ? "L" : "M"}${x.toFixed(1)} ${y.toFixed(1)}`).join("") }),
     spots.map(({ x, y, n }, k) => svg("g", { class: k === facts.chosen ? "spot chosen" : "spot", "data-tip": `${plural(n, "block")}: ${num(partitionAt(k).bits, 4)} bits${k === facts.chosen ? ", the one chosen" : ""}${k === facts.measured ? "\ninterfaces and effects are measured for it" : ""}`, onclick: () => moveTo(k) },
       svg("rect", { class: "reach", x: x - 7, y: 0, width: 14, height: CURVE.height }), svg("circle", { cx: x, cy: y, r: k === facts.chosen ? 4.5 : 3 }))),
-    ticks.map(({ x, n }) => svg("text", { class: "tick", x, y: CURVE.height - 1, "text-anchor": "middle" }, String(n))),
+    ticks.map(({ x, n }) => svg("text", { class: "tick", x: n > 99 ? CURVE.width : x, y: CURVE.height - 1, "text-anchor": n > 99 ? "end" : "middle" }, String(n))),
     svg("circle", { class: "now", r: 7.5 }));
   $("bits").replaceChildren(root);
 }
