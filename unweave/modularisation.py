@@ -214,6 +214,9 @@ def _split(
     progress: bool | None,
 ) -> tuple[TokenData, TokenData]:
     """(to find modules on, to measure effects on)."""
+    for name, n in (("sequences", sequences), ("held_out", held_out)):
+        if n is not None and n < 1:
+            raise InputError(f"{name} must be at least 1, got {n}")
     limit = 4 * ((sequences or LEAST_ANSWERS) + held_out)
     everything = data_for(source, data, graph, tokenizer, context, limit, progress)
     answers = require_positions(scope, everything) / len(everything)
