@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import shlex
 import sys
 from collections.abc import Iterator, Mapping
@@ -495,19 +496,26 @@ def _module_table(results: Mapping[str, Any]) -> Table:
     effects = {row["blocks"][0]: row for row in facts["effects"] if len(row["blocks"]) == 1}
     table = Table(title="blocks, nats per token; effect measured on held-out data", title_justify="left")
     table.add_column("block", no_wrap=True)
-    table.add_column("nodes", overflow="ellipsis", no_wrap=True, max_width=32)
+    table.add_column("nodes", overflow="fold")
     for name in ("inside", "in", "out", "effect", "percentile"):
-        table.add_column(name, justify="right", no_wrap=True)
+        table.add_column(name, justify="right", no_wrap=name not in ("effect", "percentile"))
     for b in range(min(MODULES_PRINTED, len(partition["inside"]))):
         members = [name for name, label in zip(names, partition["labels"], strict=True) if label == b]
         told = (_number(partition[key][b]) for key in ("inside", "heard", "sent"))
         row = effects.get(b)
         own = ("–", "–") if row is None else (_with_interval(row["nats"]), _percentile(row))
-        text = f"{len(members)}: {', '.join(members)}"
+        text = f"{len(members)}: {_short(members[0])}" + (f" … {_short(members[-1])}" if len(members) > 1 else "")
         table.add_row(f"module.{b}", escape(text), *told, *own)
     if len(partition["inside"]) > MODULES_PRINTED:
         table.add_row("…", f"{len(partition['inside']) - MODULES_PRINTED} more blocks", *["…"] * 5)
     return table
+
+
+def _short(node: str) -> str:
+    """As on the page: 3.h5 and 3.mlp."""
+    return re.sub(
+        r"^blocks\.(\d+)\.(?:attn\.head\.(?=\d)|(?=mlp))", lambda m: f"{m[1]}." + "h" * ("head" in m[0]), node
+    )
 
 
 def _percentile(row: Mapping[str, Any]) -> str:
@@ -516,10 +524,10 @@ def _percentile(row: Mapping[str, Any]) -> str:
 
 
 def _interface_table(facts: Mapping[str, Any]) -> Table:
-    title = "interfaces; dimensions that keep 95%"
+    title = "interfaces: nats per token and dimensions that keep 95%, estimated and measured on held-out data"
     table = Table(title=title, title_justify="left")
     table.add_column("interface", no_wrap=True)
-    for name in ("edges", "nats, estimated", "nats, measured", "dimensions", "measured"):
+    for name in ("edges", "nats", "measured", "dimensions", "measured"):
         table.add_column(name, justify="right")
     for row in facts["interfaces"][:INTERFACES_PRINTED]:
         dimensions = ("–" if row[key] is None else str(row[key]) for key in ("dimensions", "measured_dimensions"))

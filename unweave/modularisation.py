@@ -430,7 +430,7 @@ def _interface_rows(found: Modularised, data: TokenData, tokenizer: Any) -> list
             "nats": i.nats,
             "se": i.se,
             "measured": None if i.effect is None else i.effect._asdict(),
-            "dimensions": i.dimensions(0.95),
+            "dimensions": i.dimensions(0.95) if len(i.directions) else None,
             "measured_dimensions": found.widths.get((i.src, i.dst)),
             "directions": _directions(i, data, tokens),
         }
