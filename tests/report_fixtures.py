@@ -181,3 +181,94 @@ def hostile_data() -> dict[str, Any]:
     data["edges"][1]["nats"] = math.nan
     data["provenance"] = {h: {"nested": [h]} for h in HOSTILE}
     return data
+
+
+def partition_facts(labels: list[int], bits: float, rng: random.Random, n_bands: int = 300) -> dict[str, Any]:
+    """A partition of the nodes with bands from earlier blocks to later ones, the strongest first."""
+    n = max(labels) + 1
+    pairs = [(i, j) for j in range(n) for i in range(j)] if n <= 40 else [(k % (n - 1), n - 1) for k in range(2 * n)]
+    bands = [{"src": i, "dst": j, "nats": math.exp(rng.gauss(-4, 1.5))} for i, j in dict.fromkeys(pairs)]
+    bands = sorted(bands, key=lambda band: -band["nats"])[:n_bands]
+    told = {key: [rng.uniform(0, 0.4) for _ in range(n)] for key in ("inside", "heard", "sent")}
+    return {"labels": labels, "bits": bits, "lost_nats": 0.01, "modularity": 0.3, "n_cut": 0.4, **told, "bands": bands}
+
+
+def interface_rows(partition: dict[str, Any], rng: random.Random) -> list[dict[str, Any]]:
+    def some() -> list[dict[str, Any]]:
+        return [{"context": rng.choice(WORDS), "token": rng.choice(WORDS), "coordinate": 1.5 - k} for k in range(4)]
+
+    return [
+        {
+            "src": band["src"],
+            "dst": band["dst"],
+            "edges": 12,
+            "nats": 0.8 * band["nats"],
+            "se": 0.05 * band["nats"],
+            "measured": None if k % 4 == 3 else estimate(2 * band["nats"]),
+            "dimensions": 5 + k,
+            "measured_dimensions": 4 if k == 0 else None,
+            "directions": [{"nats": 0.4 * band["nats"], "highest": some(), "lowest": some()}],
+        }
+        for k, band in enumerate(partition["bands"])
+    ]
+
+
+def module_facts(nodes: list[dict[str, Any]], significant: bool = True) -> dict[str, Any]:
+    """One block, four, eight, and every node on its own; four are chosen and measured."""
+    rng, n = random.Random(1), len(nodes)
+    hierarchy = [
+        partition_facts([min(k * blocks // n, blocks - 1) for k in range(n)], bits, rng)
+        for blocks, bits in ((1, 400.0), (4, 310.0), (min(8, n), 350.0), (n, 400.0))
+    ]
+    null = {"null_mean": 12.0, "null_sd": 6.0, "z": 13.0, "percentile": 100.0, "p": 0.02, "n_null": 50}
+    effect = {
+        "n_random": 20,
+        "random": 0.2,
+        "percentile": 95.0,
+        "interaction": None,
+        "interaction_percentile": math.nan,
+    }
+    alone = [effect | {"blocks": [b], "nats": estimate(1.0 + b)} for b in range(3)]
+    both = effect | {"interaction": estimate(-0.5, -0.1), "interaction_percentile": 90.0}
+    figure = {"value": 0.6, "null_mean": 0.4, "null_sd": 0.1, "z": 2.0, "percentile": 97.0}
+    return {
+        "significant": significant,
+        "level": 0.05,
+        "tokens": 4096,
+        "chosen": 1,
+        "measured": 1,
+        "hierarchy": hierarchy,
+        "tests": [
+            {"null": "rewired", "statistic": s, "value": v, **null}
+            for s, v in (("modularity", 0.4), ("n_cut", 0.6), ("saved_bits", 90.0))
+        ],
+        "interfaces": interface_rows(hierarchy[1], rng),
+        "effects": [*alone, both | {"blocks": [0, 1], "nats": estimate(2.0)}],
+        "traffic": {"gini": figure, "hub": figure, "busiest": [[nodes[0]["name"], 0.7, 0.1]]},
+    }
+
+
+def modules_data(n_layers: int = 5, n_heads: int = 8, limit: int | None = None) -> dict[str, Any]:
+    """A report on modules alone."""
+    data = report_data(n_layers, n_heads, limit)
+    alone = {"faithfulness": [], "worst_tokens": [], "rate_distortion": []}
+    return data | alone | {"modules": module_facts(data["nodes"])}
+
+
+def hostile_modules_data() -> dict[str, Any]:
+    """Hostile data of every kind, with modules whose strings are attacks and whose numbers are missing."""
+    data = hostile_data()
+    facts = module_facts(data["nodes"])
+    for test, text in zip(facts["tests"], HOSTILE, strict=False):
+        test["null"] = text
+    facts["tests"][0]["statistic"] = HOSTILE[0]
+    for row, text in zip(facts["interfaces"], HOSTILE, strict=False):
+        row["directions"] = [{"nats": math.nan, **dict.fromkeys(("highest", "lowest"), in_context(text))}]
+        row["nats"] = math.nan
+    facts["traffic"]["busiest"] = [[text, math.nan, math.nan] for text in HOSTILE[:4]]
+    facts["hierarchy"][2]["bits"] = math.nan
+    return data | {"modules": facts}
+
+
+def in_context(text: str) -> list[dict[str, Any]]:
+    return [{"context": text * 2, "token": text, "coordinate": math.nan}]

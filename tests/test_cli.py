@@ -5,8 +5,11 @@ from __future__ import annotations
 import json
 
 import pytest
+import report_fixtures
 from typer.testing import CliRunner
 
+import unweave
+from unweave import cli
 from unweave.cli import app
 
 runner = CliRunner()
@@ -57,9 +60,44 @@ def test_score(folder, tmp_path):
     assert invoke("score", folder, "--sequences", 8, "--top", 3).exit_code == 0
 
 
+def test_modules(tmp_path):
+    out = tmp_path / "modules"
+    args = ["--sequences", 64, "--held-out", 8, "--n-null", 19, "--n-random", 2, "--neurons", "whole", "-o", out]
+    result = invoke("modules", "zoo:shared_step", *args)
+    assert result.exit_code == 0, result.output
+    assert result.output.startswith("No modules are significant")
+    facts = json.loads((out / "results.json").read_text())["modules"]
+    row = facts["interfaces"][0]
+    assert f"module.{row['src']} → module.{row['dst']}" in result.output
+    assert f"{row['measured']['value']:.2g}" in result.output
+    assert sorted(p.name for p in out.iterdir()) == ["graph.json", "report.html", "results.json", "weights.safetensors"]
+    assert facts["significant"] is False
+    n_blocks = max(facts["hierarchy"][facts["measured"]]["labels"]) + 1
+    assert len(set(unweave.load_graph(out).modules.values())) == n_blocks
+    shown = invoke("show", out)
+    assert shown.exit_code == 0
+    assert "No modules are significant" in shown.output
+    assert invoke("modules", "zoo:shared_step", "-o", out).exit_code == 1
+
+
+def test_modules_that_are_significant_are_called_so():
+    table = report_fixtures.modules_data()
+    with cli.console.capture() as capture:
+        cli._print_modules(table)
+    text = capture.get()
+    assert text.startswith("4 modules save 90.0 bits (p = 0.02).")
+    assert "not modules" not in text
+    table["modules"] |= {"significant": False}
+    with cli.console.capture() as capture:
+        cli._print_modules(table)
+    assert capture.get().startswith("No modules are significant: 4 blocks save 90.0 bits (p = 0.02).")
+
+
 @pytest.mark.parametrize(
     ("args", "message"),
     [
+        (["modules", "zoo:induction", "--neurons", "some"], "'auto', 'whole', 'single'"),
+        (["modules", "zoo:induction", "--nulls", "magic"], "closest: "),
         (["decompile", "zoo:nothing"], "closest: "),
         (["decompile", "zoo:induction", "--size", "2"], "at most 1"),
         (["decompile", "zoo:induction", "--size", ".5", "--kl-nats", "1"], "one budget"),

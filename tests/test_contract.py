@@ -65,6 +65,7 @@ LAYERS = (
     "report",
     "pipeline",
     "dissection",
+    "modularisation",
     "serving",
     "cli",
     "__main__",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import shlex
 import sys
 from collections.abc import Iterator, Mapping
@@ -185,6 +186,57 @@ def circuit(
 
 
 @app.command()
+def modules(
+    model: Annotated[str, typer.Argument(help="A model, or a folder made by 'unweave decompile'.")],
+    data: Data = None,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write.")] = Path("modules"),
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the folder if it is a graph's.")] = False,
+    blocks: Annotated[
+        int | None, typer.Option(help="Measure the partition into so many blocks, not the one chosen.")
+    ] = None,
+    neurons: Annotated[
+        str, typer.Option(help="MLPs in groups that are alike (auto), whole, single neurons, or so many groups.")
+    ] = "auto",
+    nulls: Annotated[
+        str, typer.Option(help="Networks without modules to hold against: rewired, shuffled, reinitialised; by commas.")
+    ] = "rewired",
+    n_null: Annotated[int, typer.Option(help="How many rewired ones.")] = 50,
+    n_random: Annotated[int, typer.Option(help="Random sets of nodes that each module is held against.")] = 20,
+    context: Context = 128,
+    sequences: Annotated[
+        int | None, typer.Option(help="How many sequences to find modules on (the default: 64, or 1,024 answers).")
+    ] = None,
+    held_out: Annotated[int, typer.Option(help="How many sequences to measure effects on.")] = 32,
+    seed: Seed = 0,
+) -> None:
+    """Group MODEL into modules, held against nulls; measure what each does and what crosses between them."""
+    with _errors():
+        from unweave.modularisation import modularise
+        from unweave.report import write_report
+        from unweave.storage import check_destination
+
+        check_destination(output, overwrite)
+        found = modularise(
+            model,
+            data,
+            blocks=blocks,
+            neurons=int(neurons) if neurons.isdecimal() else neurons,
+            nulls=tuple(null.strip() for null in nulls.split(",") if null.strip()),
+            n_null=n_null,
+            n_random=n_random,
+            context=context,
+            sequences=sequences,
+            held_out=held_out,
+            seed=seed,
+        )
+        found.report["provenance"]["command"] = " ".join(["unweave", *map(shlex.quote, sys.argv[1:])])
+        found.save(output, overwrite=overwrite)
+        write_report(found.report, output / "report.html")
+        _print_modules(found.report)
+        console.print(f"\nwrote [bold]{escape(str(output))}/[/]: the grouped graph, results.json, report.html")
+
+
+@app.command()
 def show(
     folder: Folder,
     edges: Annotated[int, typer.Option(help="How many of the strongest edges to list.")] = 15,
@@ -196,7 +248,9 @@ def show(
         graph = load_graph(folder)
         console.print(escape(str(graph)), highlight=False)
         results = load_results(folder)
-        if results.get("proof"):
+        if results.get("modules"):
+            _print_modules(results)
+        elif results.get("proof"):
             _print_circuit(results, edges)
         elif results:
             _print_summary(results, edges)
@@ -369,7 +423,7 @@ def _zoo_scope(source: str) -> Any:
 
 
 def _number(value: Any, digits: int = 3) -> str:
-    return "–" if value is None else f"{value:.{digits}g}"
+    return "–" if value is None or value != value else f"{value:.{digits}g}"
 
 
 def _share(value: float | None) -> str:
@@ -413,6 +467,94 @@ def _print_circuit(results: Mapping[str, Any], edges: int = 20) -> None:
     console.print(table)
     kept = [e for e in results["edges"] if e["kept"]]
     console.print(_edge_table(_named_edges(results, kept[:edges]), f"{len(kept)} edges, with their own effect"))
+
+
+MODULES_PRINTED, INTERFACES_PRINTED = 24, 12
+
+
+def _print_modules(results: Mapping[str, Any]) -> None:
+    """What a search for modules found, from plain results."""
+    facts = results["modules"]
+    console.print(_verdict(facts), soft_wrap=True, highlight=False)
+    if facts["measured"] is not None:
+        console.print(_module_table(results))
+        console.print(_interface_table(facts))
+    table = Table(title="against networks without modules", title_justify="left")
+    for name in ("null", "statistic", "value", "there", "z", "p"):
+        table.add_column(name, justify="left" if name == "statistic" else "right", no_wrap=True)
+    for t in facts["tests"]:
+        there = f"{_number(t['null_mean'])} ± {_number(t['null_sd'], 2)}"
+        name = t["statistic"].replace("_", " ")
+        table.add_row(t["null"], name, _number(t["value"]), there, _number(t["z"]), _number(t["p"], 2))
+    console.print(table)
+
+
+def _verdict(facts: Mapping[str, Any]) -> str:
+    """Whether there are modules, in a sentence."""
+    bits = [partition["bits"] for partition in facts["hierarchy"]]
+    n_blocks = [max(partition["labels"]) + 1 for partition in facts["hierarchy"]]
+    chosen, measured = facts["chosen"], facts["measured"]
+    p = max((t["p"] for t in facts["tests"] if t["statistic"] == "saved_bits"), default=None)
+    alone = n_blocks[chosen] in (1, len(facts["hierarchy"][0]["labels"]))
+    if alone:
+        text = "[bold]No modules are significant[/]: no partition describes the communication in fewer bits than none"
+    elif facts["significant"]:
+        text = f"[bold]{n_blocks[chosen]} modules[/] save {bits[0] - bits[chosen]:.1f} bits"
+    else:
+        text = f"[bold]No modules are significant[/]: {n_blocks[chosen]} blocks save {bits[0] - bits[chosen]:.1f} bits"
+    text += f" (p = {_number(p, 2)})." if p is not None else "; nothing was held against a null."
+    if measured is not None and measured != chosen:
+        more = bits[measured] - bits[chosen]
+        text += f" Measured below: {n_blocks[measured]} blocks, {more:.1f} bits more than the choice; not modules."
+    return text
+
+
+def _module_table(results: Mapping[str, Any]) -> Table:
+    """Blocks of the measured partition: nodes, what they hear and send, and their own effect."""
+    facts, names = results["modules"], [node["name"] for node in results["nodes"]]
+    partition = facts["hierarchy"][facts["measured"]]
+    effects = {row["blocks"][0]: row for row in facts["effects"] if len(row["blocks"]) == 1}
+    table = Table(title="blocks, nats per token; effect measured on held-out data", title_justify="left")
+    table.add_column("block", no_wrap=True)
+    table.add_column("nodes", overflow="fold")
+    for name in ("inside", "in", "out", "effect", "percentile"):
+        table.add_column(name, justify="right", no_wrap=name not in ("effect", "percentile"))
+    for b in range(min(MODULES_PRINTED, len(partition["inside"]))):
+        members = [name for name, label in zip(names, partition["labels"], strict=True) if label == b]
+        told = (_number(partition[key][b]) for key in ("inside", "heard", "sent"))
+        row = effects.get(b)
+        own = ("–", "–") if row is None else (_with_interval(row["nats"]), _percentile(row))
+        text = f"{len(members)}: {_short(members[0])}" + (f" … {_short(members[-1])}" if len(members) > 1 else "")
+        table.add_row(f"module.{b}", escape(text), *told, *own)
+    if len(partition["inside"]) > MODULES_PRINTED:
+        table.add_row("…", f"{len(partition['inside']) - MODULES_PRINTED} more blocks", *["…"] * 5)
+    return table
+
+
+def _short(node: str) -> str:
+    """As on the page: 3.h5 and 3.mlp."""
+    return re.sub(
+        r"^blocks\.(\d+)\.(?:attn\.head\.(?=\d)|(?=mlp))", lambda m: f"{m[1]}." + "h" * ("head" in m[0]), node
+    )
+
+
+def _percentile(row: Mapping[str, Any]) -> str:
+    """Among random sets of nodes; a block that fills its stages has no other set like it."""
+    return "–" if not row["n_random"] else f"{row['percentile']:.0f}"
+
+
+def _interface_table(facts: Mapping[str, Any]) -> Table:
+    title = "interfaces: nats per token and dimensions that keep 95%, estimated and measured on held-out data"
+    table = Table(title=title, title_justify="left")
+    table.add_column("interface", no_wrap=True)
+    for name in ("edges", "nats", "measured", "dimensions", "measured"):
+        table.add_column(name, justify="right")
+    for row in facts["interfaces"][:INTERFACES_PRINTED]:
+        dimensions = ("–" if row[key] is None else str(row[key]) for key in ("dimensions", "measured_dimensions"))
+        measured = "–" if row["measured"] is None else _with_interval(row["measured"])
+        name = f"module.{row['src']} → module.{row['dst']}"
+        table.add_row(name, str(row["edges"]), _number(row["nats"]), measured, *dimensions)
+    return table
 
 
 def _named_edges(results: Mapping[str, Any], edges: list[dict[str, Any]]) -> list[dict[str, Any]]:

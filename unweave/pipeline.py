@@ -32,7 +32,16 @@ from unweave.statistics import collect_means
 from unweave.storage import save_graph
 from unweave.subspaces import favoured_tokens, node_subspaces, read_tokens
 
-__all__ = ["Decompiled", "decompile", "edge_facts", "node_facts", "stamp", "token_strings"]
+__all__ = [
+    "Decompiled",
+    "data_for",
+    "decompile",
+    "default_scope",
+    "edge_facts",
+    "node_facts",
+    "stamp",
+    "token_strings",
+]
 
 CURVE_SIZES = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3)
 DIRECTIONS_SHOWN = 6
@@ -111,10 +120,10 @@ def decompile(
     if size is not None and kl_nats is not None:
         raise InputError("give one budget: size= or kl_nats=")
     started = time.time()
-    scope = scope or _default_scope(model)
+    scope = scope or default_scope(model)
     original = capture(model)
     tokenizer = tokenizer if tokenizer is not None or isinstance(model, nn.Module) else load_tokenizer(model)
-    everything = _data(model, data, original, tokenizer, context, 4 * (sequences + held_out), progress)
+    everything = data_for(model, data, original, tokenizer, context, 4 * (sequences + held_out), progress)
     train, test = everything.split(held_out=min(0.5, held_out / max(len(everything), 1)), seed=seed)
     train, test = train.select(slice(0, sequences)), test.select(slice(0, held_out))
     options: dict[str, Any] = {"batch_size": batch_size, "progress": progress}
@@ -148,16 +157,17 @@ def _survey(
     return scores, moments
 
 
-def _default_scope(model: str | Path | nn.Module) -> Scope:
+def default_scope(model: str | Path | nn.Module) -> Scope:
     """Zoo rooms say which positions have an answer; elsewhere every position counts."""
     if str(model).startswith("zoo:"):
         return Scope(positions="answered", description="positions whose answer is determined")
     return Scope()
 
 
-def _data(
+def data_for(
     model: Any, data: Any, graph: Graph, tokenizer: Any, context: int, limit: int, progress: bool | None
 ) -> TokenData:
+    """The data that was given, or a room's own, no longer than the model reads."""
     if isinstance(data, TokenData):
         return data
     if data is None:

@@ -20,6 +20,7 @@ from functools import cache
 from html import escape
 from importlib import resources
 from pathlib import Path
+from types import NoneType, UnionType
 from typing import Any, Literal, NotRequired, TypedDict, get_args, get_origin, get_type_hints, is_typeddict
 
 from unweave.errors import InputError
@@ -179,8 +180,127 @@ class PredictionPoint(TypedDict):
     kept: bool
 
 
+class ModuleBand(TypedDict):
+    """What one block says to another: blocks by their number among the labels, nats per token (second order)."""
+
+    src: int
+    dst: int
+    nats: Number
+
+
+class PartitionFacts(TypedDict):
+    """One partition of the nodes: the block of each, numbered from 0, and what describing it takes.
+
+    ``inside``, ``heard`` and ``sent`` are the nats that each block keeps to itself, hears and sends; ``bands`` are the
+    strongest between blocks.
+    """
+
+    labels: list[int]
+    bits: Number
+    lost_nats: Number
+    modularity: Number
+    n_cut: Number
+    inside: list[Number]
+    heard: list[Number]
+    sent: list[Number]
+    bands: list[ModuleBand]
+
+
+class NullTestRow(TypedDict):
+    """A statistic of the search against the same search on graphs without modules."""
+
+    null: str
+    statistic: str
+    value: Number
+    null_mean: Number
+    null_sd: Number
+    z: Number
+    percentile: Number
+    p: Number
+    n_null: int
+
+
+class TokenInContext(TypedDict):
+    """A token, the text before it, and its coordinate along a direction."""
+
+    context: str
+    token: str
+    coordinate: Number
+
+
+class InterfaceDirection(TypedDict):
+    """One direction that crosses between blocks, with the tokens at its two ends."""
+
+    nats: Number
+    highest: list[TokenInContext]
+    lowest: list[TokenInContext]
+
+
+class InterfaceRow(TypedDict):
+    """An interface of the measured partition: second-order nats, measured effect, dimensions for 95% of each."""
+
+    src: int
+    dst: int
+    edges: int
+    nats: Number
+    se: Number
+    measured: Interval | None
+    dimensions: int | None
+    measured_dimensions: int | None
+    directions: list[InterfaceDirection]
+
+
+class ModuleEffectRow(TypedDict):
+    """One or two blocks ablated: the effect, its percentile among random sets of nodes and the median of those."""
+
+    blocks: list[int]
+    nats: Interval
+    n_random: int
+    random: Number
+    percentile: Number
+    interaction: Interval | None
+    interaction_percentile: Number
+
+
+class NullFigure(TypedDict):
+    """A figure beside its null."""
+
+    value: Number
+    null_mean: Number
+    null_sd: Number
+    z: Number
+    percentile: Number
+
+
+class TrafficFacts(TypedDict):
+    """How central the communication is; ``busiest`` holds (node, traffic in nats, betweenness)."""
+
+    gini: NullFigure
+    hub: NullFigure
+    busiest: list[tuple[str, Number, Number]]
+
+
+class ModulesFacts(TypedDict):
+    """The search for modules. ``chosen`` and ``measured`` are places in ``hierarchy``, by number of blocks.
+
+    ``interfaces`` and ``effects`` belong to the partition measured. ``significant`` is None if no null was drawn.
+    """
+
+    significant: bool | None
+    level: Number
+    tokens: Number
+    chosen: int
+    measured: int | None
+    hierarchy: list[PartitionFacts]
+    tests: list[NullTestRow]
+    interfaces: list[InterfaceRow]
+    effects: list[ModuleEffectRow]
+    traffic: NotRequired[TrafficFacts]
+
+
 class ReportData(TypedDict):
-    """Everything the page shows. At least one row of ``faithfulness`` is neither a baseline nor "original".
+    """Everything the page shows. At least one row of ``faithfulness`` is neither a baseline nor "original"; where there
+    are ``modules``, it may be empty: nodes that are only grouped compute what they did.
 
     ``size_of`` says what sizes are shares of: the channels' numbers (a compressed graph), or edges (a circuit, with
     its ``proof``).
@@ -197,6 +317,7 @@ class ReportData(TypedDict):
     size_of: NotRequired[Literal["numbers", "edges"]]
     proof: NotRequired[list[ProofRow]]
     predictions: NotRequired[list[PredictionPoint]]
+    modules: NotRequired[ModulesFacts]
     nodes: list[NodeFacts]
     edges: list[EdgeFacts]
     provenance: NotRequired[dict[str, Any]]
@@ -209,8 +330,8 @@ def validate_report_data(data: Mapping[str, Any]) -> ReportData:
     """Check report data against :class:`ReportData` and return a plain copy, NaN and infinity as None.
 
     Raises:
-        InputError: a field is missing or of the wrong type, an edge names no node, there are more than 10,000
-            edges, or no row of the faithfulness table is a graph; says which field and what it got.
+        InputError: a field is missing or of the wrong type, an edge names no node or an interface no block, there are
+            more than 10,000 edges, or no row of the faithfulness table is a graph; says which field and what it got.
 
     Example:
         >>> validate_report_data({"format": "unweave-report", "version": 1, "title": 3})
@@ -221,10 +342,13 @@ def validate_report_data(data: Mapping[str, Any]) -> ReportData:
     copy = _plain(data)
     _checker(ReportData)(copy, "")
     rows = copy["faithfulness"]
-    if not any(not row["baseline"] and row["name"] != "original" for row in rows):
+    needed = bool(rows) or "modules" not in copy
+    if needed and not any(not row["baseline"] and row["name"] != "original" for row in rows):
         got = ", ".join(row["name"] for row in rows) or "no row"
         raise InputError(f"report data: faithfulness needs a row that is neither a baseline nor 'original', got {got}")
     _check_edges(copy["edges"], len(copy["nodes"]))
+    if "modules" in copy:
+        _check_modules(copy["modules"], len(copy["nodes"]))
     return copy
 
 
@@ -236,6 +360,39 @@ def _check_edges(edges: list[EdgeFacts], n_nodes: int) -> None:
             if not 0 <= node < n_nodes:
                 got = f"got {node}, but there are {n_nodes} nodes"
                 raise InputError(f"report data: edges[{i}].{end} is the place of a node in 'nodes', {got}")
+
+
+def _check_modules(facts: ModulesFacts, n_nodes: int) -> None:
+    hierarchy = facts["hierarchy"]
+    for name, place in (("chosen", facts["chosen"]), ("measured", facts["measured"])):
+        if place is not None:
+            _check_place(f"modules.{name}", place, len(hierarchy), "partitions")
+    for k, partition in enumerate(hierarchy):
+        where, labels = f"modules.hierarchy[{k}]", partition["labels"]
+        n_blocks = max(labels, default=-1) + 1
+        if len(labels) != n_nodes or set(labels) != set(range(n_blocks)):
+            got = f"got {len(labels)} labels from {min(labels, default=None)} to {n_blocks - 1} for {n_nodes} nodes"
+            raise InputError(f"report data: {where}.labels is one block per node, numbered from 0, {got}")
+        for name in ("inside", "heard", "sent"):
+            n = len(partition[name])  # type: ignore[literal-required]
+            if n != n_blocks:
+                raise InputError(f"report data: {where}.{name} is one number per block, got {n} for {n_blocks}")
+        _check_blocks(f"{where}.bands", [[b["src"], b["dst"]] for b in partition["bands"]], n_blocks)
+    measured = [] if facts["measured"] is None else hierarchy[facts["measured"]]["labels"]
+    n_blocks = max(measured, default=-1) + 1
+    _check_blocks("modules.interfaces", [[i["src"], i["dst"]] for i in facts["interfaces"]], n_blocks)
+    _check_blocks("modules.effects", [row["blocks"] for row in facts["effects"]], n_blocks)
+
+
+def _check_blocks(where: str, rows: list[list[int]], n_blocks: int) -> None:
+    for i, row in enumerate(rows):
+        for block in row:
+            _check_place(f"{where}[{i}]", block, n_blocks, "blocks")
+
+
+def _check_place(where: str, place: int, n: int, what: str) -> None:
+    if not 0 <= place < n:
+        raise InputError(f"report data: {where} must be a place among the {what}, got {place} of {n}")
 
 
 def _plain(data: Any) -> Any:  # noqa: C901 - one branch per kind of value
@@ -295,6 +452,10 @@ def _fitting(kind: Any) -> Callable[[Any], bool]:
         return lambda value: any(type(value) is type(allowed) and value == allowed for allowed in arguments)
     if origin is tuple:
         return lambda value: type(value) is list and len(value) == len(arguments)
+    if origin is UnionType and kind != Number:
+        return lambda value: any(_fitting(k)(value) for k in arguments)
+    if kind is NoneType:
+        return lambda value: value is None
     if origin is list:
         return lambda value: type(value) is list
     if origin is dict or is_typeddict(kind):
@@ -309,6 +470,9 @@ def _inside(kind: Any) -> Checker | None:
     origin, arguments = get_origin(kind), get_args(kind)
     if is_typeddict(kind):
         return _fields(kind)
+    if origin is UnionType:
+        inner = next((check for k in arguments if (check := _inside(k)) is not None), None)
+        return inner and (lambda value, where: None if value is None else inner(value, where))
     if origin not in (tuple, list, dict):
         return None
     checks = [_checker(k) for k in arguments]
@@ -345,6 +509,8 @@ def _fields(kind: Any) -> Checker:
 def _word(kind: Any) -> str:
     """A type of the format, for people."""
     origin = get_origin(kind)
+    if origin is UnionType and kind != Number:
+        return " or ".join("None" if k is NoneType else _word(k) for k in get_args(kind))
     if origin is Literal:
         return " or ".join(repr(allowed) for allowed in get_args(kind))
     if origin is tuple:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from unweave.errors import InputError, ShapeError, UnknownNameError
 
-__all__ = ["Partition", "check_weights"]
+__all__ = ["Partition", "between_blocks", "check_weights"]
 
 
 @dataclass(frozen=True)
@@ -178,9 +178,20 @@ class Partition:
         self, weights: Float[Tensor, "nodes nodes"]
     ) -> tuple[Float[Tensor, " blocks"], Float[Tensor, " blocks"]]:
         check_weights(weights, len(self))
-        member = torch.nn.functional.one_hot(torch.tensor(self.labels)).to(torch.float64)
-        between = member.T @ weights.detach().cpu().to(torch.float64) @ member
+        between = between_blocks(weights, self)
         return between.diagonal(), between.sum(1)
+
+
+def between_blocks(nats: Float[Tensor, "nodes nodes"], partition: Partition) -> Float[Tensor, "blocks blocks"]:
+    """The sum over the nodes of every two blocks, in float64 on the CPU; rows are summed to rows.
+
+    Example:
+        >>> between_blocks(torch.tensor([[0.0, 1, 2], [3, 0, 4], [5, 6, 0]]), Partition(("a", "b", "c"), (0, 0, 1)))
+        tensor([[ 4.,  6.],
+                [11.,  0.]], dtype=torch.float64)
+    """
+    member = torch.nn.functional.one_hot(torch.tensor(partition.labels)).to(torch.float64)
+    return member.T @ nats.detach().cpu().to(torch.float64) @ member
 
 
 def check_weights(weights: Float[Tensor, "nodes nodes"], n_nodes: int) -> None:

@@ -19,7 +19,7 @@ from unweave.graph import Graph
 from unweave.modules.communication import Communication, measure_communication
 from unweave.modules.criterion import Criterion, Description, possible_pairs
 from unweave.modules.nulls import NETWORK_NULLS, expected_nats, rewire
-from unweave.modules.partition import Partition
+from unweave.modules.partition import Partition, between_blocks
 from unweave.modules.partitioners import PARTITIONERS
 from unweave.progress import track
 from unweave.scope import Scope, require_positions
@@ -137,9 +137,7 @@ class Modules:
 
     def table(self) -> list[dict[str, Any]]:
         """One plain row per block: its nodes, and the nats per token it keeps inside, hears and sends."""
-        nats = self.criterion.communication.nats.detach().cpu().to(torch.float64)
-        member = torch.nn.functional.one_hot(torch.tensor(self.partition.labels)).to(torch.float64)
-        between = member.T @ nats @ member
+        between = between_blocks(self.criterion.communication.nats, self.partition)
         inside, heard, sent = between.diagonal(), between.sum(1), between.sum(0)
         return [
             {

@@ -2,6 +2,7 @@
 import { data, graphs, ofEdges, ours } from "./data.js";
 import { $, el } from "./dom.js";
 import { count, known, large, num, percent, plain } from "./format.js";
+import { verdict } from "./modules.js";
 
 // the baselines that store about as much as the graph does
 function rival() {
@@ -10,6 +11,7 @@ function rival() {
   return near.reduce((best, row) => (best && best.kl_nats.value <= row.kl_nats.value ? best : row), null);
 }
 function summary() {
+  if (!ours) return verdict();
   const strong = (text) => el("strong", {}, text);
   const { kl_nats: kl, top1_agreement: top1 } = ours;
   const parts = known(ours.size)
@@ -25,7 +27,19 @@ function summary() {
 function figure(name, value, unit, help) {
   return el("div", { "data-tip": help, tabindex: "0" }, el("dt", {}, name), el("dd", {}, value, unit && el("span", { class: "unit" }, unit)));
 }
+function moduleFigures() {
+  const { hierarchy, chosen, measured, tests, effects } = data.modules, blocks = (k) => count(new Set(hierarchy[k].labels).size);
+  const p = tests.filter((test) => test.statistic === "saved_bits").map((test) => test.p);
+  return [
+    figure("nodes", count(data.nodes.length), "", "How many nodes there are to group"),
+    figure("blocks chosen", blocks(chosen), "", "The partition that describes the communication in the fewest bits; 1 is no grouping at all"),
+    figure("p", num(p.length ? Math.max(...p) : null, 2), "against nulls", "How likely networks without modules save as many bits"),
+    measured === null ? null : figure("blocks measured", blocks(measured), "", "The partition whose interfaces and effects were measured"),
+    effects.length ? figure("largest effect", num(Math.max(...effects.map((row) => row.nats.value ?? 0))), "nats/token", "What the output loses when the most important block, or pair, says only its mean") : null,
+  ].filter(Boolean);
+}
 function figures() {
+  if (!ours) return moduleFigures();
   const original = data.faithfulness.find((row) => row.name === "original");
   const cost = original && known(ours.flops_per_token) && original.flops_per_token > 0 ? ours.flops_per_token / original.flops_per_token : null;
   return [
@@ -41,7 +55,7 @@ function description() {
   const parts = [plain(model.family), `${count(model.n_layers)} layers`, `${count(model.n_heads)} heads`, `width ${count(model.d_model)}`];
   if (known(model.d_vocab)) parts.push(`${count(model.d_vocab)} tokens`);
   parts.push(`${large(model.n_parameters)} parameters`);
-  $("faith-note").textContent = `Scope: ${plain(scope.description)}; distance: ${plain(scope.divergence).toUpperCase()}. Measured on ${count(scope.n_tokens_held_out)} held-out tokens,`
+  if (ours) $("faith-note").textContent = `Scope: ${plain(scope.description)}; distance: ${plain(scope.divergence).toUpperCase()}. Measured on ${count(scope.n_tokens_held_out)} held-out tokens,`
     + ` calibrated on ${count(scope.n_tokens_calibration)} others. ${graphs.length > 1 ? "The graphs are" : "The graph is"} marked; small figures are 95% intervals.`;
   return parts.join(" · ");
 }

@@ -1,8 +1,10 @@
 // The report page. Every string of the data is hostile: it becomes text, never markup.
 import { startCurve } from "./curve.js";
+import { data, graphs } from "./data.js";
 import { $ } from "./dom.js";
 import { redraw, startGraph } from "./graph.js";
 import { startHeader } from "./header.js";
+import { startModules } from "./modules.js";
 import { startPanel } from "./panel.js";
 import { startScatter } from "./scatter.js";
 import { startEdges, startFaithfulness, startProof, startProvenance, startWorst } from "./tables.js";
@@ -30,10 +32,23 @@ function startJumps() {
   }
 }
 
+// a report on modules alone has no sections on how far a smaller graph is from its model
+function hideEmpty() {
+  const without = [["h-modules", !data.modules], ["h-faith", !data.faithfulness.length], ["h-rate", !graphs.length], ["h-worst", !graphs.length]];
+  for (const [heading, empty] of without) {
+    if (!empty) continue;
+    $(heading).closest("section").hidden = true;
+    document.querySelector(`nav [href="#${heading}"]`).hidden = true;
+  }
+  document.querySelector(".skip").setAttribute("href", data.modules ? "#h-modules" : "#h-faith");
+}
+
 startTips();
+hideEmpty();
 startTheme();
 startJumps();
 startHeader();
+startModules();
 startFaithfulness();
 startProof();
 startScatter();

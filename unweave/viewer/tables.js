@@ -8,8 +8,8 @@ import { change } from "./view.js";
 const SHOWN = 200;
 
 // the unit once, not twice
-const range = (low, high, format) => `${format(low).replace(/%$/, format === percent ? "" : "%")}–${format(high)}`;
-function interval(x, format = num) {
+const range = (low, high, format) => `${format(low).replace(/%$/, format === percent ? "" : "%")}${low < 0 || high < 0 ? " to " : "–"}${format(high)}`;
+export function interval(x, format = num) {
   const certain = !x || !known(x.low) || !known(x.high) || x.low === x.high;
   return [format(x?.value), certain ? null : el("span", { class: "ci" }, range(x.low, x.high, format))];
 }
