@@ -348,7 +348,7 @@ def _by_proposals(
         beside = held.values.roll(_shift(len(held.values), generator), 0)
         null.append(explained(raw_held * line[0] + line[1], beside))
     slope, offset = rescale(raw_train, train.values)
-    names = [() if p.rule is None else (p.rule,) for p in proposals]
+    names: list[tuple[str, ...]] = [() if p.rule is None else (p.rule,) for p in proposals]
     texts: list[str | None] = [p.text for p in proposals]
     return _Found(raw_train * slope + offset, raw_held * slope + offset, texts, names, torch.cat(null))
 
