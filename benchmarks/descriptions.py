@@ -19,6 +19,7 @@ import torch
 
 from benchmarks.common import RESULTS, SHARED, interval, model, save
 from unweave.capture import load_tokenizer
+from unweave.data import TokenData
 from unweave.drivers import Description, Descriptions, describe
 from unweave.pipeline import token_strings
 
@@ -48,13 +49,16 @@ def groups(found: Descriptions) -> dict[str, dict[str, Any]]:
     return {name: summary(items) for name, items in by_group.items()}
 
 
+def spread(data: TokenData, n: int) -> TokenData:
+    """Sequences from all over a data set: neighbours are of one document."""
+    return data.select(torch.linspace(0, len(data) - 1, n).long())
+
+
 def measure(name: str, sequences: int, held_out: int) -> dict[str, Any]:
     graph, train, held = model(name)
     tokens = token_strings(load_tokenizer(SHARED / "models" / name), graph.info["d_vocab"])
     started = time.time()
-    found = describe(
-        graph, train.select(slice(sequences)), held.select(slice(held_out)), token_strings=tokens, progress=False
-    )
+    found = describe(graph, spread(train, sequences), spread(held, held_out), token_strings=tokens, progress=False)
     labelled = sorted((item for item in found.items if item.label), key=lambda item: -item.score)
     return {
         "groups": groups(found),

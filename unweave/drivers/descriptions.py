@@ -34,6 +34,7 @@ __all__ = ["Describer", "Description", "Descriptions", "Evidence", "Proposal", "
 
 NULL_QUANTILE = 0.95
 FEWEST_TOKENS = 100
+FOLDS = 4
 CANNOT_SCORE = "a text alone cannot be scored: give a predict function or the name of a rule with it"
 
 Predict = Callable[[Texts], Tensor]
@@ -111,7 +112,7 @@ class Descriptions:
     Attributes:
         items: one for each direction.
         null: held-out scores of the same search on shifted codes, all directions and shifts.
-        threshold: the null's 95th percentile: what a label has to exceed.
+        threshold: the null's 95th percentile, at least 0: what a label has to exceed.
         n_tokens, n_held_out: how many tokens were fitted and scored on.
     """
 
@@ -179,6 +180,16 @@ class _Side(NamedTuple):
             found.append(got[position_mask(self.scope, batch)])
         return torch.cat(found)
 
+    @property
+    def folds(self) -> Int[Tensor, " token"]:
+        """Which of four parts of the texts each token is in; whole documents where there are enough."""
+        documents = self.data.documents
+        texts = torch.arange(len(self.data)) if documents is None else documents.unique(return_inverse=True)[1]
+        part = (texts if int(texts.max()) + 1 >= FOLDS else torch.arange(len(self.data))) % FOLDS
+        batches = self.data.batches(self.batch_size)
+        marked = [(position_mask(self.scope, batch), part[batch.index]) for batch in batches]
+        return torch.cat([own[:, None].expand_as(mask)[mask] for mask, own in marked])
+
     def categories(self, rules: Sequence[Rule]) -> list[Int[Tensor, " token"]]:
         return [self.along(rule.sort) for rule in rules]
 
@@ -203,7 +214,7 @@ def describe(
     """What drives every direction of some nodes, in words, scored on held-out text.
 
     By rule: of the ready-made rules (:func:`unweave.drivers.rules.ready_rules`) the best one, and a second where it
-    explains 1% more, chosen by leave-one-out error on ``data``; see :mod:`unweave.drivers.fitting`. With a describer:
+    explains 1% more, chosen by cross-validation on ``data``; see :mod:`unweave.drivers.fitting`. With a describer:
     what it proposes, scored in the same way (a prediction gets the best slope and offset on ``data``).
 
     Args:
@@ -219,7 +230,7 @@ def describe(
     Raises:
         UnknownNameError: an unknown node, or a describer names an unknown rule.
         InputError: the graph reads no tokens, held-out data that are the data, or numbers below 1.
-        EmptyDataError: fewer than 100 tokens on one side.
+        EmptyDataError: fewer than 100 tokens on one side, or fewer than 4 sequences of data.
         ShapeError: a prediction of a wrong shape.
 
     Cost:
@@ -271,6 +282,8 @@ def _check(graph: Graph, data: TokenData, held_out: TokenData, draws: int, shift
         raise InputError("descriptions speak of tokens, and this graph or these data have none; look at examples")
     if graph.resample:
         raise InputError("this graph's cut edges hear another input; look at the uncut graph or one cut to means")
+    if len(data) < FOLDS:
+        raise EmptyDataError(f"{len(data)} sequences cannot be told apart from each other; give at least {FOLDS}")
     if min(draws, shifts) < 1:
         raise InputError(f"draws and shifts must be at least 1, got {draws} and {shifts}")
     if held_out is data or held_out.tokens is data.tokens:
@@ -310,12 +323,13 @@ def _by_rules(train: _Side, held: _Side, rules: Sequence[Rule], shifts: int, gen
     sorted_train, sorted_held = train.categories(rules), held.categories(rules)
     # unit variance, so that float32 sums are good for codes of any size
     std = train.values.std(0).clamp(min=1e-20)
-    fit = fit_rules(train.values / std, sorted_train, sizes)
+    folds = train.folds
+    fit = fit_rules(train.values / std, sorted_train, sizes, folds)
     null = []
     for _ in range(shifts):
         shifted = train.values.roll(_shift(len(train.values), generator), 0) / std
         beside = held.values.roll(_shift(len(held.values), generator), 0) / std
-        null.append(explained(fit_rules(shifted, sorted_train, sizes).predict(sorted_held), beside))
+        null.append(explained(fit_rules(shifted, sorted_train, sizes, folds).predict(sorted_held), beside))
     texts, names = _explain(fit, rules, len(std))
     return _Found(fit.predict(sorted_train) * std, fit.predict(sorted_held) * std, texts, names, torch.cat(null))
 
@@ -396,7 +410,8 @@ def _finish(
     score, area = explained(found.held, held.values), auroc(found.held, held.values)
     area = torch.where(found.held.isnan().any(0), torch.nan, area)
     null = found.null[~found.null.isnan()]
-    threshold = float(null.quantile(NULL_QUANTILE)) if len(null) else 0.0
+    # less than the mean itself predicts is nothing, whatever chance does
+    threshold = max(float(null.quantile(NULL_QUANTILE)), 0.0) if len(null) else 0.0
     random_score, random_area = _random(train, held, found, draws, generator)
     constant = explained(torch.zeros_like(held.values), held.values).isnan()
     items = []

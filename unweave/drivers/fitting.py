@@ -1,9 +1,10 @@
-"""Which rule predicts a number best: means by category, chosen by their leave-one-out error, and how well they do.
+"""Which rule predicts a number best: means by category, chosen by cross-validation, and how well they do.
 
-For values v of tokens in categories c, centred, a rule predicts m_c = sum of v in c / (n_c + 1): a ridge regression
-on the categories. Its leave-one-out error is exact in closed form, sum (v - m_c)^2 / (1 - 1 / (n_c + 1))^2, so that
-tables with many categories do not win by fitting noise. A rule with k categories also offers k questions, "is it
-category x?", each the same regression on two categories.
+For values v of tokens in categories c, centred, a rule predicts m_c = sum of v in c / (n_c + r): a ridge regression on
+the categories. Its error is that on folds it was not fitted on, sum over folds f of sum (v - m_c without f)^2, which is
+exact from sums by category and fold; folds are whole documents, since tokens of one text resemble each other. So tables
+with many categories do not win by fitting noise. A rule with k categories also offers k questions, "is it category x?",
+each the same regression on two categories.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from torch import Tensor
 
 __all__ = ["Fit", "Table", "auroc", "explained", "fit_rules", "rescale"]
 
-RIDGE = 1.0
+RIDGES = (1.0, 8.0, 64.0)
 # a simpler rule is taken if it explains this share of what the best one does
 SIMPLER = 0.95
 # a second rule is taken if it explains so much of the variance on top
@@ -64,90 +65,121 @@ class Fit:
 
 
 class _Sums(NamedTuple):
-    n: Float[Tensor, "category 1"]
-    first: Float[Tensor, "category direction"]
-    second: Float[Tensor, "category direction"]
+    """Sums of 1, v and v^2 by fold and category."""
 
-    def error(self) -> Float[Tensor, "category direction"]:
-        """The leave-one-out error of each category's mean."""
-        share = 1 / (self.n + RIDGE)
-        mean = self.first * share
-        within = self.second - 2 * mean * self.first + self.n * mean.square()
-        return within.clamp(min=0) / (1 - share).clamp(min=1e-12).square() * (self.n > 0)
+    n: Float[Tensor, "fold category 1"]
+    first: Float[Tensor, "fold category direction"]
+    second: Float[Tensor, "fold category direction"]
+
+    def means(self, ridge: float) -> Float[Tensor, "category direction"]:
+        """m of every category, from all folds."""
+        return self.first.sum(0) / (self.n.sum(0) + ridge)
+
+    def error(self, ridge: float) -> Float[Tensor, "category direction"]:
+        """The cross-validated error in each category."""
+        mean = (self.first.sum(0) - self.first) / (self.n.sum(0) - self.n + ridge)
+        return (self.second - 2 * mean * self.first + self.n * mean.square()).sum(0)
 
     def others(self) -> _Sums:
         """The same of all categories but each."""
-        return _Sums(*(x.sum(0, keepdim=True) - x for x in self))
+        return _Sums(*(x.sum(1, keepdim=True) - x for x in self))
 
 
-def _sums(values: Tensor, squares: Tensor, category: Tensor, count: int) -> _Sums:
-    zeros = values.new_zeros(count, values.shape[1])
-    n = category.bincount(minlength=count).to(values)[:, None]
-    return _Sums(n, zeros.index_add(0, category, values), zeros.index_add(0, category, squares))
+def _sums(values: Tensor, category: Tensor, folds: Tensor, count: int) -> _Sums:
+    n_folds = int(folds.max()) + 1
+    place = folds * count + category
+
+    def by_place(x: Tensor) -> Tensor:
+        return x.new_zeros(n_folds * count, x.shape[1]).index_add(0, place, x).unflatten(0, (n_folds, count))
+
+    return _Sums(by_place(torch.ones_like(values[:, :1])), by_place(values), by_place(values.square()))
 
 
 def fit_rules(
-    values: Float[Tensor, "token direction"], categories: Sequence[Int[Tensor, " token"]], counts: Sequence[int]
+    values: Float[Tensor, "token direction"],
+    categories: Sequence[Int[Tensor, " token"]],
+    counts: Sequence[int],
+    folds: Int[Tensor, " token"],
 ) -> Fit:
     """The best one or two rules for every direction.
 
     Args:
+        values: of about unit variance.
         categories: by rule, the category of every token.
         counts: by rule, how many categories there are.
+        folds: which part of the text each token is in, from 0.
 
     Cost:
-        Per rule and step, two sums of tokens x directions by category.
+        Per rule and step, two sums of tokens x directions by category and fold.
     """
     mean = values.mean(0)
     rest = values - mean
     total = rest.square().sum(0)
-    first = _best(rest, categories, counts, total)
+    first = _best(rest, categories, counts, folds, total)
     rest = rest - Fit(torch.zeros_like(mean), first).predict(categories)
-    second = _best(rest, categories, counts, rest.square().sum(0) - LEAST_GAIN * total)
+    second = _best(rest, categories, counts, folds, rest.square().sum(0) - LEAST_GAIN * total)
     return Fit(mean, first + second)
+
+
+class _Candidate(NamedTuple):
+    """A rule at one ridge, whole or (by direction) as the best question about one of its categories."""
+
+    rule: int
+    ridge: float
+    size: float
+    category: Int[Tensor, " direction"] | None
 
 
 def _best(
     values: Float[Tensor, "token direction"],
     categories: Sequence[Int[Tensor, " token"]],
     counts: Sequence[int],
+    folds: Int[Tensor, " token"],
     to_beat: Float[Tensor, " direction"],
 ) -> tuple[Table, ...]:
     """The rule of each direction for which one has an error below ``to_beat``."""
-    squares = values.square()
-    errors, sizes, singles = [], [], []
-    for category, count in zip(categories, counts, strict=True):
-        sums = _sums(values, squares, category, count)
-        apart, others = sums.error(), sums.others().error()
-        single = (apart + others).min(0)
-        errors += [apart.sum(0), single.values]
-        sizes += [float((sums.n > 0).sum()), 2.0]
-        singles.append(single.indices)
+    errors: list[Tensor] = []
+    candidates: list[_Candidate] = []
+    for rule, (category, count) in enumerate(zip(categories, counts, strict=True)):
+        sums = _sums(values, category, folds, count)
+        others, used = sums.others(), float((sums.n.sum(0) > 0).sum())
+        for ridge in RIDGES:
+            apart = sums.error(ridge)
+            errors.append(apart.sum(0))
+            candidates.append(_Candidate(rule, ridge, used, None))
+            if count > 2:
+                single = (apart + others.error(ridge)).min(0)
+                errors.append(single.values)
+                candidates.append(_Candidate(rule, ridge, 2.0, single.indices))
     gained = to_beat - torch.stack(errors)
     best = gained.max(0).values
-    # of those that gain nearly as much, the simplest; of equals, the first that gains most
-    rank = torch.tensor(sizes).to(values)[:, None] - gained / best.clamp(min=1e-30)
+    # of those that gain nearly as much, the simplest; of equals, the one that gains most
+    sizes = torch.tensor([c.size for c in candidates]).to(values)
+    rank = sizes[:, None] - gained / best.clamp(min=1e-30)
     chosen = torch.where((gained >= SIMPLER * best) & (gained > 0), rank, torch.inf).argmin(0)
     found = best > 0
     return tuple(
-        _table(values, k, (found & (chosen == k)).nonzero()[:, 0], categories, counts, singles)
+        _table(values, candidates[k], (found & (chosen == k)).nonzero()[:, 0], categories, counts, folds)
         for k in chosen[found].unique().tolist()
     )
 
 
 def _table(
-    values: Tensor, k: int, rows: Tensor, categories: Sequence[Tensor], counts: Sequence[int], singles: Sequence[Tensor]
+    values: Tensor,
+    chosen: _Candidate,
+    rows: Tensor,
+    categories: Sequence[Tensor],
+    counts: Sequence[int],
+    folds: Tensor,
 ) -> Table:
-    rule, is_single = divmod(k, 2)
-    mine = values[:, rows]
-    sums = _sums(mine, mine.square(), categories[rule], counts[rule])
-    whole = sums.first / (sums.n + RIDGE)
-    if not is_single:
+    rule, count = chosen.rule, counts[chosen.rule]
+    sums = _sums(values[:, rows], categories[rule], folds, count)
+    whole = sums.means(chosen.ridge)
+    if chosen.category is None:
         return Table(rule, rows, whole, torch.full_like(rows, -1))
-    category = singles[rule][rows]
-    others = sums.others()
-    apart = (others.first / (others.n + RIDGE)).gather(0, category[None])
-    here = torch.arange(counts[rule], device=rows.device)[:, None] == category
+    category = chosen.category[rows]
+    apart = sums.others().means(chosen.ridge).gather(0, category[None])
+    here = torch.arange(count, device=rows.device)[:, None] == category
     return Table(rule, rows, torch.where(here, whole, apart), category)
 
 
