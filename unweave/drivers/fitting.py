@@ -213,11 +213,13 @@ def auroc(
     """How likely a token of the top tenth of the values is predicted above another (1/2 for equal predictions).
 
     Returns:
-        NaN where no token is above the (1 - top) quantile: the values are too often equal.
+        NaN where all values are equal. The top tenth is what is above the (1 - top) quantile, or at it where nothing is
+        above.
     """
     # numpy: torch.quantile refuses more than 2^24 numbers
     v = values.cpu().numpy()
-    positive = v > np.quantile(v, 1 - top, axis=0)
+    edge = np.quantile(v, 1 - top, axis=0)
+    positive = np.where((v > edge).any(0), v > edge, v >= edge)
     n = positive.sum(0)
     ranks = rankdata(predicted.cpu().numpy(), axis=0)
     with np.errstate(invalid="ignore", divide="ignore"):
