@@ -62,6 +62,7 @@ LAYERS = (
     "modules",
     "export",
     "generation",
+    "drivers",
     "report",
     "pipeline",
     "dissection",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -9,7 +10,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from unweave.errors import EmptyDataError, InputError
-from unweave.execution import run
+from unweave.execution import Patch, run
 from unweave.graph import Graph
 
 __all__ = ["encode_prompt", "generate"]
@@ -48,6 +49,7 @@ def generate(
     temperature: float = 0.0,
     seed: int = 0,
     stop: int | None = None,
+    patch: Mapping[str, Patch] | None = None,
 ) -> Int[Tensor, "batch longer"]:
     """Continue token sequences, one token at a time.
 
@@ -55,6 +57,7 @@ def generate(
         n_new: how many tokens to add.
         temperature: 0 takes the most likely token; otherwise logits are divided by it and sampled.
         stop: a token id at which to end (with a batch of one).
+        patch: values to set in every run, see :func:`unweave.run`; a text grows, so give functions or what broadcasts.
 
     Raises:
         InputError: the graph does not read tokens, or the numbers make no sense.
@@ -74,7 +77,7 @@ def generate(
         raise InputError("n_new and temperature must not be negative")
     generator = torch.Generator().manual_seed(seed)
     for _ in range(n_new):
-        logits = run(graph, tokens[:, -graph.info["n_ctx"] :]).logits[:, -1].float().cpu()
+        logits = run(graph, tokens[:, -graph.info["n_ctx"] :], patch=patch).logits[:, -1].float().cpu()
         if temperature == 0:
             new = logits.argmax(-1, keepdim=True)
         else:

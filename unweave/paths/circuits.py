@@ -26,7 +26,7 @@ from unweave.paths.weights import (
     wide,
 )
 
-__all__ = ["OVCircuit", "QKCircuit", "ov_circuit", "positive_share", "qk_circuit"]
+__all__ = ["OVCircuit", "QKCircuit", "ov_circuit", "positive_share", "qk_circuit", "read_alone"]
 
 Tokens = Int[Tensor, " tokens"]
 
@@ -52,12 +52,13 @@ def turn(rotary: Rotary | None, x: Float[Tensor, "n width"], position: int) -> F
     return torch.cat((a * cos - b * sin, b * cos + a * sin, rest), dim=1)
 
 
-def _read_tokens(stage: Stage, i: int, port: str, x: Float[Tensor, "tokens d"]) -> Float[Tensor, "tokens width"]:
+def read_alone(
+    stage: Stage, i: int, port: str, x: Float[Tensor, "tokens d"], read: int = 0
+) -> Float[Tensor, "tokens width"]:
     """What a node reads of vectors that are all its port hears: norm and bias exactly."""
     norm = port_of(stage, port).norm
-    return (x if norm is None else norm.apply(x)) @ node_read(stage, i, port, folded=False).T + node_bias(
-        stage, i, port
-    )
+    weight = node_read(stage, i, port, read, folded=False)
+    return (x if norm is None else norm.apply(x)) @ weight.T + node_bias(stage, i, port, read)
 
 
 def _linear_tokens(stage: Stage, port: str, x: Float[Tensor, "tokens d"]) -> Float[Tensor, "tokens d"]:
@@ -129,7 +130,7 @@ class QKCircuit:
         keys = tokens if keys is None else keys
         x, y = embedded_tokens(self.graph, tokens, at[0]), embedded_tokens(self.graph, keys, at[1])
         check_table(len(x), len(y))
-        q, k = _read_tokens(stage, i, "q", x), _read_tokens(stage, i, "k", y)
+        q, k = read_alone(stage, i, "q", x), read_alone(stage, i, "k", y)
         q = q if core.q_norm is None else core.q_norm.apply(q)
         k = k if core.k_norm is None else core.k_norm.apply(k)
         scores = turn(core.rotary, q, distance) @ turn(core.rotary, k, 0).T * self.scale
@@ -218,7 +219,7 @@ class OVCircuit:
         stage, i, _ = find_head(self.graph, self.head)
         x, readout = embedded_tokens(self.graph, tokens), readout_weight(self.graph, outputs)
         check_table(len(x), len(readout))
-        return _read_tokens(stage, i, "v", x) @ (readout @ self.write).T
+        return read_alone(stage, i, "v", x) @ (readout @ self.write).T
 
     def own_logits(self, tokens: Tokens | None = None) -> Float[Tensor, " tokens"]:
         """By how much looking at a token raises its own logit above the mean logit; no table is made.
@@ -228,7 +229,7 @@ class OVCircuit:
         """
         stage, i, _ = find_head(self.graph, self.head)
         x, readout = self._same_tokens(tokens)
-        read = _read_tokens(stage, i, "v", x)
+        read = read_alone(stage, i, "v", x)
         return (read * ((readout - readout_weight(self.graph).mean(0)) @ self.write)).sum(1)
 
     def copying(self, tokens: Tokens | None = None) -> float:
