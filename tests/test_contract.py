@@ -59,7 +59,6 @@ LAYERS = (
     "coarsening",
     "storage",
     "subspaces",
-    "modules",
     "export",
     "generation",
     "drivers",
