@@ -63,6 +63,7 @@ __all__ = [
     "score_edges",
     "scores_from",
     "sequence_moments",
+    "token_products",
 ]
 
 METHODS = ("fisher", "eap", "eap-ig", "exact")
@@ -293,6 +294,13 @@ def edge_products(t: Trace, sent: list[Tensor], gradients: Gradients) -> Float[T
     """The first-order change of the differentiated value if an edge were to carry what its writer writes instead of
     ``sent``, for every possible edge, cut ones too: sum over positions of g_j . (y_i - m_i)."""
     return _Products(t, sent, t.context.n_pos)(gradients, cut_too=True).sum(1)
+
+
+def token_products(
+    t: Trace, sent: list[Tensor]
+) -> Callable[[Gradients], Float[Tensor, "batch pos ports writers"]]:
+    """A function of gradients: g_j . (y_i - m_i) at every position apart, for every edge."""
+    return _Products(t, sent, 1)
 
 
 def port_gradients(t: Trace) -> Callable[[int, str, Gradients], Float[Tensor, "node batch pos d_model"]]:

@@ -1,0 +1,26 @@
+"""What the network uses on every token, and the kinds of data that use the same parts."""
+
+from unweave.errors import MissingExtraError
+
+try:
+    import duckdb  # noqa: F401
+    import pandas  # noqa: F401
+    import pyarrow  # noqa: F401
+except ImportError as error:
+    raise MissingExtraError(error.name or "duckdb", "sampling", "usage per token") from error
+
+from unweave.sampling.query import Usage, open_usage
+
+from unweave.sampling.usage import LEVELS, record_usage
+
+__all__ = [
+    "LEVELS",
+
+
+    "Usage",
+
+    "open_usage",
+    "record_usage",
+
+
+]

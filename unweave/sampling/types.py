@@ -1,0 +1,2 @@
+"""stub"""
+__all__ = ["DataType"]
