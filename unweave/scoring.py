@@ -296,9 +296,7 @@ def edge_products(t: Trace, sent: list[Tensor], gradients: Gradients) -> Float[T
     return _Products(t, sent, t.context.n_pos)(gradients, cut_too=True).sum(1)
 
 
-def token_products(
-    t: Trace, sent: list[Tensor]
-) -> Callable[[Gradients], Float[Tensor, "batch pos ports writers"]]:
+def token_products(t: Trace, sent: list[Tensor]) -> Callable[[Gradients], Float[Tensor, "batch pos ports writers"]]:
     """A function of gradients: g_j . (y_i - m_i) at every position apart, for every edge."""
     return _Products(t, sent, 1)
 

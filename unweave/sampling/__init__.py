@@ -10,17 +10,18 @@ except ImportError as error:
     raise MissingExtraError(error.name or "duckdb", "sampling", "usage per token") from error
 
 from unweave.sampling.query import Usage, open_usage
-
+from unweave.sampling.types import DataType, DataTypes, field_label, find_types, types_by_label, types_by_pattern
 from unweave.sampling.usage import LEVELS, record_usage
 
 __all__ = [
     "LEVELS",
-
-
+    "DataType",
+    "DataTypes",
     "Usage",
-
+    "field_label",
+    "find_types",
     "open_usage",
     "record_usage",
-
-
+    "types_by_label",
+    "types_by_pattern",
 ]

@@ -24,9 +24,13 @@ __all__ = ["MANIFEST", "Usage", "open_usage", "part_path"]
 
 MANIFEST = "usage.json"
 ROWS_AT_ONCE = 1 << 15
-# the longest condition first, since "->" in an edge's name ends like one
-CONDITION = re.compile(r"\s*(?P<name>\S.*?)\s*(?P<sign>>=|<=|>|<)\s*(?P<nats>[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?)\s*")
-SETTINGS = {"autoinstall_known_extensions": "false", "autoload_known_extensions": "false"}
+# "->" in an edge's name ends like a sign; what follows a sign is a number up to the end
+NUMBER = r"[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?"
+CONDITION = re.compile(rf"\s*(?P<name>\S.*?)\s*(?P<sign>>=|<=|>|<)\s*(?P<nats>{NUMBER})\s*")
+SETTINGS: dict[str, str | bool | int | float | list[str]] = {
+    "autoinstall_known_extensions": "false",
+    "autoload_known_extensions": "false",
+}
 
 
 def part_path(folder: Path, number: int) -> Path:
@@ -193,7 +197,7 @@ class Usage:
         for path in self.paths:
             with parquet.ParquetFile(path) as file:
                 for batch in file.iter_batches(rows, columns=names):
-                    head = [batch.column(k).to_numpy() for k in range(3)]
+                    head = [batch.column(k).to_numpy(zero_copy_only=False) for k in range(3)]
                     usage = np.stack([c.to_numpy() for c in batch.columns[3:]], axis=1)
                     yield head[0], head[1], head[2], usage
 

@@ -6,9 +6,9 @@ writes there and m_i its mean,
     usage_a(t) = 1/2 E[(J_a(t)^T c . (y_i(t) - m_i))^2],
 
 c a random cotangent whose covariance is the Fisher information of the scope's outputs: to second order, the nats that
-all outputs of the scope lose together when, at this token alone, the part carries its mean. J_a is the derivative of the
-outputs by what port j hears (edge), by what the node writes (node), or by the code, with w_ik (c_ik(t) - mean) for the
-difference (dimension).
+all outputs of the scope lose together when, at this token alone, the part carries its mean. J_a is the derivative of
+the outputs by what port j hears (edge) or by what the node writes (node, and dimension, where the difference is
+w_ik (c_ik(t) - its mean)).
 
 Usage stands where something is *written*, not at the output token it serves: one backward pass then gives all tokens
 at once, while the other reading needs one pass per output token. In the last layer the two are the same. Summed over
@@ -37,7 +37,7 @@ from unweave.data import Batch, TokenData
 from unweave.errors import InputError, StorageError, UnsupportedModelError
 from unweave.execution import Trace, check_inputs, trace
 from unweave.files import read_json, read_tensors, write_atomic, write_json, write_tensors
-from unweave.graph import Edge, Graph
+from unweave.graph import Graph
 from unweave.progress import track
 from unweave.sampling.query import MANIFEST, Usage, part_path
 from unweave.scope import Scope, describe, position_mask, require_positions
@@ -256,7 +256,7 @@ class _DimensionMeasure:
 
     def __call__(self, t: Trace, batch: Batch) -> Tally:
         stages = list(zip(t.plan.stages[:-1], self.means, strict=True))
-        real = [torch.cat([torch.arange(w) + i * m.shape[1] for i, w in enumerate(p.stage.code_widths)]) for p, m in stages]
+        real = [torch.arange(m.shape[1]) < torch.tensor(p.stage.code_widths)[:, None] for p, m in stages]
 
         def products(gradients: Gradients) -> Tensor:
             out = []
@@ -264,7 +264,7 @@ class _DimensionMeasure:
                 g = _totals(t.graph, gradients)[s].float()
                 at_code = torch.einsum("btd,nwd->btnw", g, plan.node_write.to(g))
                 moved = rearrange(t.codes[s].detach().float() - mean[:, None], "b n t w -> b t n w")
-                out.append((at_code * moved).flatten(2)[..., real[s].to(g.device)])
+                out.append((at_code * moved)[..., real[s].to(g.device)])
             return torch.cat(out, dim=-1)
 
         return _TokenTally(products)
@@ -324,7 +324,7 @@ def _fingerprint(graph: Graph, data: TokenData, scope: Scope, means: Means | Non
     digest = hashlib.sha256(json.dumps(plan, sort_keys=True).encode())
     digest.update(data.fingerprint().encode())
     quotient = [] if scope.quotient is None else [scope.quotient.classes]
-    tensors = [*graph.tensors, graph.edge_matrix, *quotient, *(means[n] for n in sorted(means or {}))]
+    tensors = [*graph.tensors, graph.edge_matrix, *quotient, *(value for _, value in sorted((means or {}).items()))]
     marks = (position_mask(scope, batch) for batch in data.batches(256))
     for tensor in _chain(tensors, marks):
         digest.update(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
@@ -354,9 +354,7 @@ def _start(folder: Path, plan: dict[str, Any]) -> bool:
     return False
 
 
-def _write_parts(
-    folder: Path, plan: dict[str, Any], data: TokenData, step: FisherPass, progress: bool | None
-) -> None:
+def _write_parts(folder: Path, plan: dict[str, Any], data: TokenData, step: FisherPass, progress: bool | None) -> None:
     """Parts that are there already are left as they are: each is put in place whole."""
     size, per_part = plan["batch_size"], plan["batches_per_part"]
     n_batches = -(-len(data) // size)

@@ -69,7 +69,7 @@ def data(n: int = DATA_SIZE, seed: int = 1) -> tuple[Int[Tensor, "n pos"], Bool[
 
 
 def labels(tokens: Int[Tensor, "n pos"]) -> dict[str, Tensor]:
-    """"task": the number of each text's task in ``TASKS``."""
+    """ "task": the number of each text's task in ``TASKS``."""
     return {"task": tokens[:, 0] // N_WORDS}
 
 
