@@ -27,10 +27,8 @@ ROWS_AT_ONCE = 1 << 15
 # "->" in an edge's name ends like a sign; what follows a sign is a number up to the end
 NUMBER = r"[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?"
 CONDITION = re.compile(rf"\s*(?P<name>\S.*?)\s*(?P<sign>>=|<=|>|<)\s*(?P<nats>{NUMBER})\s*")
-SETTINGS: dict[str, str | bool | int | float | list[str]] = {
-    "autoinstall_known_extensions": "false",
-    "autoload_known_extensions": "false",
-}
+Setting = str | bool | int | float | list[str]
+SETTINGS: dict[str, Setting] = {"autoinstall_known_extensions": False, "autoload_known_extensions": False}
 
 
 def part_path(folder: Path, number: int) -> Path:

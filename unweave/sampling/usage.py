@@ -22,7 +22,7 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import pyarrow as pa
@@ -52,6 +52,7 @@ NUMBERS_PER_PART = 1 << 24
 TOKENS_PER_PART = 1 << 15
 
 
+@runtime_checkable
 class Measure(Protocol):
     """A measure of a :class:`FisherPass` whose tally holds one column per part."""
 
