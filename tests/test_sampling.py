@@ -502,7 +502,7 @@ def test_node_types_give_the_edges_between_their_nodes(tmp_path):
     head = "blocks.0.attn.head.0"
     assert edges == {f"embed->{head}.{p}" for p in ends} | {"embed->unembed.in", f"{head}->unembed.in"}
     with pytest.raises(UnknownNameError):
-        kind.edges(unweave.capture("zoo:modular_addition"), 0.0)
+        kind.edges(unweave.capture("zoo:induction"), 0.0)
 
 
 @pytest.mark.parametrize(

@@ -53,6 +53,7 @@ LEAST_AGREEMENT = 0.2
 MEMBER = 0.5
 
 Rows = Float[np.ndarray, "unit part"]
+Factors = Float[np.ndarray, "factor part"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -90,6 +91,9 @@ class DataType:
     def edges(self, graph: Graph, least_nats: float = 0.01) -> Bool[Tensor, "ports writers"]:
         """The edges that its tokens use: those worth ``least_nats`` per token; all between such nodes (level "node").
 
+        Usage is of second order and of one token at a time: edges by which a head that is sure of itself looks are
+        missing. A search on :meth:`scope` (:func:`unweave.find_circuit`) measures instead.
+
         Raises:
             InputError: the usage is of dimensions.
             UnknownNameError: the usage is of another graph.
@@ -121,7 +125,7 @@ class DataTypes:
 
     types: tuple[DataType, ...]
     n_factors: int
-    trials: tuple[dict[str, float], ...] = ()
+    trials: tuple[dict[str, int | float], ...] = ()
     null_agreement: tuple[float, ...] = ()
     bar: float = float("nan")
     units: str = "token"
@@ -369,7 +373,7 @@ class _Fits:
     """Factorisations with k factors: those of the best seed (rows of sum 1), and how good they are."""
 
     k: int
-    factors: Rows
+    factors: Factors
     error: float
     se: float
     agreement: Float[np.ndarray, " factor"]
@@ -398,7 +402,7 @@ class _Judge:
         )
 
     def _judged(
-        self, held: Rows, factors: Rows, half: Bool[np.ndarray, " part"]
+        self, held: Rows, factors: Factors, half: Bool[np.ndarray, " part"]
     ) -> tuple[float, Float[np.ndarray, " factor"]]:
         sides = [half, ~half]
         loads = [_loads(held[:, side], factors[:, side]) for side in sides]
@@ -411,7 +415,7 @@ class _Judge:
         return float(wrong / np.square(held).sum()), _correlations(*loads)
 
 
-def _factorise(shares: Rows, k: int, seed: int) -> tuple[Rows, float]:
+def _factorise(shares: Rows, k: int, seed: int) -> tuple[Factors, float]:
     """(factors of sum 1, what they leave)."""
     kind = NMF if len(shares) <= MANY_UNITS else MiniBatchNMF
     model = kind(k, init="random", random_state=seed, max_iter=400)
@@ -422,7 +426,7 @@ def _factorise(shares: Rows, k: int, seed: int) -> tuple[Rows, float]:
     return factors / np.maximum(factors.sum(1, keepdims=True), 1e-30), float(model.reconstruction_err_)
 
 
-def _loads(shares: Rows, factors: Rows) -> Float[np.ndarray, "unit factor"]:
+def _loads(shares: Rows, factors: Factors) -> Float[np.ndarray, "unit factor"]:
     """How much of each factor there is in every unit, by least squares with no number below 0."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)
@@ -441,7 +445,7 @@ def _correlations(
     return np.where(spread > 0, (a * b).sum(0) / np.maximum(spread, 1e-30), 0.0)
 
 
-def _stability(every: list[Rows]) -> Float[np.ndarray, " factor"]:
+def _stability(every: list[Factors]) -> Float[np.ndarray, " factor"]:
     """The mean cosine of each factor of the best fit with its match in the others."""
     unit = [f / np.maximum(np.linalg.norm(f, axis=1, keepdims=True), 1e-30) for f in every]
     found = np.ones((len(unit), len(unit[0])))
@@ -458,7 +462,7 @@ def _choose(fits: list[_Fits]) -> _Fits:
     return next(f for f in stable if f.error <= best.error + best.se)
 
 
-def _found(usage: Usage, units: str, factors: Rows, fit: _Fits, bar: float) -> tuple[DataType, ...]:
+def _found(usage: Usage, units: str, factors: Factors, fit: _Fits, bar: float) -> tuple[DataType, ...]:
     """The factors above the bar as types; a unit is of the type that makes up the most of it."""
     if units == "token":
         member = np.concatenate([_members(nats, factors) for *_, nats in usage.blocks()])
@@ -482,6 +486,6 @@ def _found(usage: Usage, units: str, factors: Rows, fit: _Fits, bar: float) -> t
     )
 
 
-def _members(nats: Rows, factors: Rows) -> Bool[np.ndarray, "unit factor"]:
+def _members(nats: Rows, factors: Factors) -> Bool[np.ndarray, "unit factor"]:
     loads = _loads(_shares(nats.astype(np.float64)), factors)
     return loads >= MEMBER * np.maximum(loads.sum(1, keepdims=True), 1e-30)

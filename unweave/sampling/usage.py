@@ -251,9 +251,9 @@ class _NodeMeasure:
 
 @dataclass(frozen=True)
 class _DimensionMeasure:
-    """Level "dimension"; ``means`` are those of the codes, by stage."""
+    """Level "dimension"; ``means`` are those of the codes, by stage ``[node width]``."""
 
-    means: list[Float[Tensor, "node width"]]
+    means: list[Tensor]
 
     def __call__(self, t: Trace, batch: Batch) -> Tally:
         stages = list(zip(t.plan.stages[:-1], self.means, strict=True))
