@@ -53,7 +53,7 @@ def batch(n: int, generator: torch.Generator) -> tuple[Int[Tensor, "n pos"], Int
     Example:
         >>> tokens, answers, tasks = batch(3, torch.Generator().manual_seed(1))
         >>> TASKS[int(tasks[0])], tokens[0, :5].tolist(), answers[0, 2:5].tolist()
-        ('first', [10, 14, 12, 12, 13], [10, 10, 10])
+        ('first', [8, 15, 9, 11, 13], [8, 8, 8])
     """
     task = torch.randint(len(TASKS), (n, 1), generator=generator)
     words = torch.randint(N_WORDS, (n, LENGTH), generator=generator)
