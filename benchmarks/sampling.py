@@ -169,18 +169,21 @@ def main(arguments: list[str]) -> None:
     started = time.time()
     torch.set_num_threads(1)
     n = int(arguments[arguments.index("--sequences") + 1]) if "--sequences" in arguments else None
+    command = "python -m benchmarks.sampling" + (f" --sequences {n}" if n else "")
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         result: dict = {"tasks": tasks(folder)}
         print(json.dumps(result, indent=1), flush=True)
+        save("sampling", result, started, command)
         result["cost"] = cost(folder, n)
         print(result["cost"], flush=True)
+        save("sampling", result, started, command)
         tokens = torch.randint(3, 500, (4096, 128), generator=torch.Generator().manual_seed(0))
         np.save(folder / "tokens.npy", tokens.int().numpy())
         sizes = (128, 512) if n else (1024, 4096)
         result["peak_mb"] = {str(size): peak_megabytes(folder, size) for size in sizes}
     print(result["peak_mb"])
-    save("sampling", result, started, "python -m benchmarks.sampling" + (f" --sequences {n}" if n else ""))
+    save("sampling", result, started, command)
 
 
 if __name__ == "__main__":
