@@ -55,6 +55,7 @@ LAYERS = (
     "circuits",
     "modules",
     "tasks",
+    "sampling",
     "hypotheses",
     "coarsening",
     "storage",

@@ -349,7 +349,8 @@ def load_data(
         inputs, answered = module.data(limit) if limit else module.data()
         if inputs.is_floating_point():
             return dataclasses.replace(float_data(inputs, {"answered": answered}), source=name)
-        return from_tensor(inputs, labels={"answered": answered}, source=name, vocabulary=vocabulary)
+        labels = module.labels(inputs) if hasattr(module, "labels") else {}
+        return from_tensor(inputs, labels={"answered": answered, **labels}, source=name, vocabulary=vocabulary)
     mapped = _map_npy(Path(name).expanduser(), context, limit, vocabulary)
     if mapped is not None:
         return mapped

@@ -283,7 +283,7 @@ class Gradients:
 
     Attributes:
         reads: by (stage, port), at each read ``[batch node pos width]``.
-        totals: by channel stage, at what the stage writes ``[batch pos d_model]``.
+        totals: by stage, at what the channels and the first embedding write ``[batch pos d_model]``.
     """
 
     reads: dict[tuple[int, str], list[Tensor]]
@@ -348,7 +348,8 @@ def _leaf(inner: Callable[[Tensor], Tensor] | None) -> Callable[[Tensor], Tensor
 def gradients_of(t: Trace, output: Tensor, cotangent: Tensor | None = None, *, retain: bool = False) -> Gradients:
     """The gradients of an output of a run at all its reads and, where no edge is cut, at its totals; zero where they
     are stopped (:func:`unweave.freezing.hold`)."""
-    stages = () if t.graph.is_cut else t.graph.channels
+    inner = range(len(t.graph.stages) - 1)
+    stages = () if t.graph.is_cut else [s for s in inner if t.total[s].requires_grad]
     flat = [r for reads in t.reads.values() for r in reads] + [t.total[s] for s in stages]
     got = iter(torch.autograd.grad(output, flat, cotangent, retain_graph=retain, materialize_grads=True))
     reads = {key: [next(got) for _ in reads] for key, reads in t.reads.items()}

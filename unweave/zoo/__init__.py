@@ -9,7 +9,15 @@ from torch import nn
 
 from unweave.errors import UnknownNameError
 from unweave.files import read_json
-from unweave.zoo import induction, modular_addition, retina, shared_step, shared_step_regularised, two_tasks
+from unweave.zoo import (
+    induction,
+    modular_addition,
+    retina,
+    shared_step,
+    shared_step_regularised,
+    three_tasks,
+    two_tasks,
+)
 from unweave.zoo.mlp import MODEL_TYPE, MlpConfig, load_mlp, make_mlp, save_mlp
 from unweave.zoo.toy import ToyConfig, ToyTransformer
 
@@ -37,6 +45,7 @@ ROOMS: dict[str, ModuleType] = {
     "retina": retina,
     "shared_step": shared_step,
     "shared_step_regularised": shared_step_regularised,
+    "three_tasks": three_tasks,
     "two_tasks": two_tasks,
 }
 

@@ -1,0 +1,27 @@
+"""What the network uses on every token, and the kinds of data that use the same parts."""
+
+from unweave.errors import MissingExtraError
+
+try:
+    import duckdb  # noqa: F401
+    import pandas  # noqa: F401
+    import pyarrow  # noqa: F401
+except ImportError as error:
+    raise MissingExtraError(error.name or "duckdb", "sampling", "usage per token") from error
+
+from unweave.sampling.query import Usage, open_usage
+from unweave.sampling.types import DataType, DataTypes, field_label, find_types, types_by_label, types_by_pattern
+from unweave.sampling.usage import LEVELS, record_usage
+
+__all__ = [
+    "LEVELS",
+    "DataType",
+    "DataTypes",
+    "Usage",
+    "field_label",
+    "find_types",
+    "open_usage",
+    "record_usage",
+    "types_by_label",
+    "types_by_pattern",
+]
