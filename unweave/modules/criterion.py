@@ -142,13 +142,16 @@ class Criterion:
         kept = (said > price).to(torch.float64)
         return torch.stack([possible, kept, kept * price, (1 - kept) * said])
 
+    @property
+    def kept(self) -> Bool[Tensor, "nodes nodes"]:
+        """``[reader, writer]``: the edges worth their bits."""
+        return self._edges[1].bool()
+
     @cached_property
     def active(self) -> tuple[str, ...]:
         """The nodes with a kept edge; the others are idle, and in no module."""
-        kept = self._edges[1].bool()
-        return tuple(
-            n for n, is_active in zip(self.communication.nodes, kept.any(0) | kept.any(1), strict=True) if is_active
-        )
+        joined = self.kept.any(0) | self.kept.any(1)
+        return tuple(n for n, is_joined in zip(self.communication.nodes, joined.tolist(), strict=True) if is_joined)
 
     def restricted(self, nodes: tuple[str, ...]) -> Criterion:
         """The same for some of the nodes and what they say to each other."""

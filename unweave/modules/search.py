@@ -367,7 +367,7 @@ def _without_idle(criterion: Criterion) -> Criterion:
 
 def _rewired(criterion: Criterion, n_null: int, seed: int) -> list[Criterion]:
     generator = torch.Generator().manual_seed(seed)
-    drawn = rewire(criterion.communication, criterion.possible, n_null, generator)
+    drawn = rewire(criterion.communication, criterion.possible, n_null, generator, criterion.kept)
     every = [Criterion(told, criterion.possible, criterion.tokens, criterion.by_dimension) for told in drawn]
     return [_without_idle(sample) for sample in every]
 
