@@ -414,6 +414,7 @@ def _test(null: str, statistic: str, value: float, found: list[float]) -> NullTe
     there = torch.tensor(found, dtype=torch.float64)
     mean, sd = float(there.mean()), float(there.std()) if len(found) > 1 else 0.0
     as_good = int((STATISTICS[statistic] * there >= STATISTICS[statistic] * value - 1e-12).sum())
-    z = (value - mean) / sd if sd > 0 else math.nan
+    # what rounding leaves is no variation
+    z = (value - mean) / sd if sd > 1e-9 * (1 + abs(mean)) else math.nan
     percentile = 100 * (1 - as_good / len(found))
     return NullTest(null, statistic, value, mean, sd, z, percentile, (1 + as_good) / (1 + len(found)), len(found))
