@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
 
@@ -9,7 +10,7 @@ import networkx as nx
 import numpy as np
 import pytest
 import torch
-from scipy.stats import binom
+from scipy.stats import binom, chisquare
 from sklearn.cluster import SpectralClustering
 from torch import nn
 
@@ -113,8 +114,9 @@ def test_a_partition_does_not_depend_on_how_blocks_are_numbered():
     a = Partition(("a", "b", "c", "d"), (9, 2, 9, 4))
     assert a == Partition(("a", "b", "c", "d"), (0, 1, 0, 2)) == Partition.from_blocks("abcd", [["c", "a"]])
     assert a.blocks == {"module.0": ("a", "c"), "module.1": ("b",), "module.2": ("d",)}
-    assert (a["c"], a.n_blocks, len(a), a.is_trivial) == (0, 3, 4, False)
+    assert (a["c"], a.n_blocks, len(a), a.is_trivial) == (0, 3, 4, True)
     coarse = Partition(a.nodes, (0, 1, 0, 1))
+    assert not coarse.is_trivial
     assert a.within(coarse)
     assert not coarse.within(a)
     assert not a.within(Partition(a.nodes, (0, 0, 1, 1)))
@@ -151,34 +153,28 @@ def test_nonsensical_partitions_and_weights_are_refused():
 
 
 def plain_bits(told, possible, labels, tokens, by_dimension):
-    """The description length by trying every list of kept edges and counting every partition of the same sizes."""
+    """The description length by one loop over edges and counting every partition of the same sizes."""
     n = len(labels)
     sizes = sorted(labels.count(b) for b in set(labels))
     alike = [p for p in set_partitions(n) if sorted(p.count(b) for b in set(p)) == sizes]
-    bits = math.log2(len({tuple(sorted(p.count(b) for b in set(p))) for p in set_partitions(n)})) + math.log2(
-        len(alike)
-    )
-    kept_share = []
-    for inside in (True, False):
-        pairs = [(j, i) for j, i in possible.nonzero().tolist() if (labels[j] == labels[i]) == inside]
-        best, share = math.inf, 0.0
-        for k in range(len(pairs) + 1):
-            for kept in itertools.combinations(pairs, k):
-                total = math.log2(len(pairs) + 1) + math.log2(math.comb(len(pairs), k))
-                for j, i in pairs:
-                    price = math.log2(tokens) / 2
-                    price *= max(1.0, float(told.dimensions[j, i])) if by_dimension else 1.0
-                    total += price if (j, i) in kept else tokens * float(told.nats[j, i]) / math.log(2)
-                if total < best - 1e-12:
-                    best, share = total, k / max(1, len(pairs))
-        bits += best
-        kept_share.append(share if pairs else None)
-    inside, between = kept_share
-    return math.inf if None not in kept_share and inside < between else bits
+    bits = math.log2(len({tuple(sorted(p.count(b) for b in set(p))) for p in set_partitions(n)}))
+    bits += math.log2(len(alike))
+    lists = {}
+    for j, i in possible.nonzero().tolist():
+        price = math.log2(tokens) / 2 * (max(1.0, float(told.dimensions[j, i])) if by_dimension else 1.0)
+        said = tokens * float(told.nats[j, i]) / math.log(2)
+        bits += min(price, said)
+        lists.setdefault(tuple(sorted((labels[j], labels[i]))), []).append(said > price)
+    bits += sum(math.log2(len(kept) + 1) + math.log2(math.comb(len(kept), sum(kept))) for kept in lists.values())
+    inside = [k for pair, kept in lists.items() for k in kept if pair[0] == pair[1]]
+    between = [k for pair, kept in lists.items() for k in kept if pair[0] != pair[1]]
+    if inside and between and sum(inside) / len(inside) < sum(between) / len(between):
+        return math.inf
+    return bits
 
 
 @pytest.mark.parametrize("by_dimension", [False, True])
-def test_description_length_is_that_of_trying_everything(by_dimension):
+def test_description_length_is_that_of_plain_loops(by_dimension):
     g = generator(3)
     possible = torch.ones(5, 5, dtype=torch.bool).tril(-1)
     possible[2, 1] = False
@@ -189,7 +185,7 @@ def test_description_length_is_that_of_trying_everything(by_dimension):
     every = set_partitions(5)
     bits = criterion.bits(torch.tensor(every))
     infinite = 0
-    for labels, found in list(zip(every, bits.tolist(), strict=True))[::2]:
+    for labels, found in zip(every, bits.tolist(), strict=True):
         truth = plain_bits(told, possible, labels, 100, by_dimension)
         described = criterion.describe(Partition(told.nodes, labels))
         infinite += math.isinf(truth)
@@ -197,9 +193,44 @@ def test_description_length_is_that_of_trying_everything(by_dimension):
         assert math.isclose(described.bits, truth, rel_tol=1e-9)
         n_inside = sum(labels[j] == labels[i] for j, i in possible.nonzero().tolist())
         assert (described.n_inner, described.n_between) == (n_inside, 9 - n_inside)
-        assert math.isclose(described.lost_nats * 100 / math.log(2), described.lost_bits, abs_tol=1e-12)
-    assert by_dimension or infinite > 0
-    assert infinite < 20
+        assert described.n_kept_inside + described.n_kept == int(criterion.kept.sum())
+    assert 0 < infinite < 40
+    # small tables at a time, the same bits
+    assert torch.equal(torch.cat([criterion.bits(torch.tensor([labels])) for labels in every]), bits)
+
+
+def test_relative_nats_are_those_of_plain_loops():
+    told, _, _ = layered(3, 3, density=0.7)
+    found = told.relative().nats
+    for j, i in itertools.product(range(9), repeat=2):
+        x = float(told.nats[j, i])
+        share = x / math.sqrt(float(told.nats[j].sum()) * float(told.nats[:, i].sum())) if x else 0.0
+        assert math.isclose(float(found[j, i]), 0.5 * math.log(1 + share), rel_tol=1e-9)
+    # a saturated network says the same, a node that says nothing but rounding is idle
+    louder = dataclasses.replace(told, nats=1e-6 * told.nats)
+    torch.testing.assert_close(louder.relative().nats, found)
+    nats = torch.zeros(3, 3, dtype=torch.float64)
+    nats[1, 0], nats[2, 1] = 1.0, 1e-12
+    assert (
+        dataclasses.replace(told, nodes=("a", "b", "c"), nats=nats, dimensions=nats, layer=(0, 1, 2))
+        .relative()
+        .nats.count_nonzero()
+        == 1
+    )
+
+
+def test_idle_nodes_are_set_aside():
+    told, possible, truth = layered(4, 3, seed=1, within=10.0, between=0.01)
+    nats = told.nats.clone()
+    nats[5], nats[:, 5] = 0.0, 0.0
+    found = modules_of(dataclasses.replace(told, nats=nats), possible, tokens=300, n_null=19)
+    assert "n5" not in found.criterion.communication.nodes
+    assert ("n5",) in found.partition.blocks.values()
+    assert found.active_partition == truth.restricted([n for n in told.nodes if n != "n5"])
+    assert found.description.bits == found.criterion.describe(found.active_partition).bits
+    silent = modules_of(dataclasses.replace(told, nats=0 * told.nats), possible, tokens=300, n_null=19)
+    assert not silent.significant()
+    assert silent.partition.n_blocks == 1
 
 
 def test_steps_lead_to_a_partition_that_no_step_improves():
@@ -223,10 +254,7 @@ def test_the_search_finds_the_best_of_all_partitions():
     every = [Partition(told.nodes, labels) for labels in set_partitions(8)]
     bits = found.criterion.bits(torch.tensor([p.labels for p in every]))
     assert found.partition == every[int(bits.argmin())] == truth
-    # the statistics tested are the best ones there are
-    weights = told.symmetric()
     value = {t.statistic: t.value for t in found.tests}
-    assert math.isclose(value["modularity"], max(p.modularity(weights) for p in every))
     assert math.isclose(value["saved_bits"], float(bits[0] - bits.min()), rel_tol=1e-9)
 
 
@@ -307,29 +335,40 @@ def test_every_method_finds_blocks_that_are_clear(method):
 # ---- nulls ----------------------------------------------------------------------------------------------
 
 
-def test_rewiring_keeps_weights_order_and_mean_scores():
-    told, possible, _ = layered(5, 3, density=0.7)
-    drawn = rewire(told, possible, 4, generator())
-    reader, writer = possible.nonzero(as_tuple=True)
-    distance = torch.tensor(told.layer)[reader] - torch.tensor(told.layer)[writer]
-    columns = [torch.nn.functional.one_hot(x).double() for x in (reader, writer, distance)]
-    design = torch.cat(columns, 1).numpy()
-
-    def fitted(nats):
-        ranks = torch.special.ndtri((nats.argsort().argsort() + 0.5) / len(nats)).numpy()
-        return design @ np.linalg.lstsq(design, ranks, rcond=None)[0]
-
+def test_rewiring_keeps_weights_order_and_degrees():
+    told, possible, _ = layered(5, 4, density=0.7)
+    kept = told.nats > 0.02
+    place = torch.tensor(told.layer)
+    drawn = rewire(told, possible, 4, generator(), kept)
     for sample in drawn:
+        edge = sample.nats > 0.02
         assert torch.equal(sample.nats.flatten().sort()[0], told.nats.flatten().sort()[0])
         assert not bool(sample.nats[~possible].any())
-        assert (sample.nats != told.nats).double().mean() > 0.2
+        assert torch.equal(edge.sum(0), kept.sum(0))
+        assert torch.equal(edge.sum(1), kept.sum(1))
+        # what a reader hears is dealt to other writers
+        assert torch.equal(sample.nats.sort(1)[0], told.nats.sort(1)[0])
+        for a, b in itertools.combinations(range(5), 2):
+            assert edge[place == b][:, place == a].sum() == kept[place == b][:, place == a].sum()
+        assert (edge != kept).sum() > 0.3 * kept.sum()
     assert not torch.equal(drawn[0].nats, drawn[1].nats)
-    # what readers, writers and distances explain stays: without ties, up to one more ranking
-    told, possible, _ = layered(5, 3)
-    truth = fitted(told.nats[possible])
-    for sample in rewire(told, possible, 4, generator()):
-        assert np.corrcoef(fitted(sample.nats[possible]), truth)[0, 1] > 0.99
-        assert np.corrcoef(sample.nats[possible].log(), told.nats[possible].log())[0, 1] < 0.9
+    assert torch.equal(rewire(told, possible, 4, generator(), kept)[3].nats, drawn[3].nats)
+    # one who joins all has nothing to swap
+    full = layered(2, 3)[0]
+    assert torch.equal(rewire(full, full.nats > 0, 1, generator())[0].nats, full.nats)
+
+
+def test_rewiring_makes_all_graphs_of_the_same_degrees_alike_often():
+    """Three writers, three readers, one edge each: six graphs."""
+    nats = torch.zeros(6, 6, dtype=torch.float64)
+    nats[3, 0] = nats[4, 1] = nats[5, 2] = 1.0
+    told = Communication(tuple("abcdef"), nats, torch.ones(6, 6), (0, 0, 0, 1, 1, 1))
+    possible = torch.zeros(6, 6, dtype=torch.bool)
+    possible[3:, :3] = True
+    drawn = [tuple(x.nats[3:, :3].argmax(1).tolist()) for x in rewire(told, possible, 600, generator())]
+    counts = [drawn.count(order) for order in itertools.permutations(range(3))]
+    assert sum(counts) == 600
+    assert chisquare(counts).pvalue > 1e-3
 
 
 def test_expected_nats_have_the_sums_that_were_measured():
@@ -379,7 +418,7 @@ def test_p_and_z_are_those_of_counting():
 def test_random_graphs_have_modules_no_more_often_than_the_level(chain):
     """Layers alone, readers and writers of unequal strength, heavy tails: none of it is a module."""
     # three nulls decide at a level of a quarter: as sharp a check of p as nineteen at a twentieth, at a fifth of the time
-    n_graphs, level, false = 100, 0.25, {"saved_bits": 0, "modularity": 0, "n_cut": 0}
+    n_graphs, level, false = 60, 0.25, {"saved_bits": 0, "modularity": 0, "n_cut": 0}
     for seed in range(n_graphs):
         told, possible, _ = layered(3, 3, seed=1000 + seed, chain=chain)
         options = {"tokens": 100, "n_null": 3, "level": level, "methods": ("spectral",), "max_blocks": 3}
@@ -407,7 +446,7 @@ def test_planted_blocks_are_found_and_weak_ones_less_and_less():
         if between == 0.01:
             assert agreement == [1.0] * 5
             assert all(yes)
-    assert mean[0] > mean[1] >= mean[2] - 0.1
+    assert mean[0] >= mean[1] > mean[2] + 0.2
     assert abs(mean[2]) < 0.2
 
 
@@ -473,11 +512,10 @@ def test_rows_are_plain_and_add_up():
     curve = found.curve()
     assert [row["blocks"] for row in curve] == sorted(row["blocks"] for row in curve)
     assert curve[0]["blocks"] == 1
-    assert curve[-1]["blocks"] == 16
     assert min(row["bits"] for row in curve) == found.description.bits
     parts = ("partition_bits", "inner_bits", "interface_bits", "lost_inside_bits", "lost_bits")
     assert all(math.isclose(row["bits"], sum(row[name] for name in parts)) for row in curve)
-    assert found.modularity == found.partition.modularity(told.symmetric())
+    assert found.modularity == found.partition.modularity(told.relative().symmetric())
     again = modules_of(told, possible, tokens=300, n_null=19)
     assert again.hierarchy == found.hierarchy
     assert again.tests == found.tests

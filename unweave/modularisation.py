@@ -150,7 +150,7 @@ def modularise(
     graph = _refined(graph, train, scope, neurons, seed, options)
     modules = find_modules(graph, train, scope, nulls=nulls, n_null=n_null, seed=seed, **options)
     partition = _to_measure(modules, blocks)
-    traffic = centralisation(modules.criterion.communication, seed=seed)
+    traffic = centralisation(modules.communication, seed=seed)
     graph = dataclasses.replace(graph, info={**graph.info, "model": source})
     graph = graph.quotient({} if partition is None else partition.blocks)
     means = collect_means(graph, train, **options)
@@ -287,7 +287,7 @@ def _without_directions(
     nodes = {n: b for b, some in blocks.items() for n in some}
     partition = Partition.from_blocks(graph.nodes, blocks.values())
     names = [nodes[members[0]] for members in partition.blocks.values()]
-    nats = between_blocks(modules.criterion.communication.nats, partition)
+    nats = between_blocks(modules.communication.nats, partition)
     edges: dict[tuple[str, str], list[Edge]] = {}
     for edge in graph.name_edges(graph.edge_matrix):
         edges.setdefault((nodes[edge.src], nodes[edge.dst]), []).append(edge)
@@ -333,7 +333,7 @@ def _effects(
 ) -> ModuleEffects | None:
     """The modules with most to say ablated alone, and fewer of them in pairs; those of several nodes first."""
     told = dict(
-        zip(modules.criterion.communication.nodes, modules.criterion.communication.symmetric().sum(1), strict=True)
+        zip(modules.communication.nodes, modules.communication.symmetric().sum(1), strict=True)
     )
     able = {b: nodes for b, nodes in blocks_of(graph).items() if set(nodes) <= set(graph.writers)}
     order = sorted(able, key=lambda b: (len(able[b]) == 1, -float(sum(told[n] for n in able[b]))))
@@ -399,7 +399,7 @@ def _module_facts(found: Modularised, data: TokenData, tokenizer: Any) -> dict[s
 
 def _partition_facts(partition: Partition, row: Mapping[str, Any], modules: Modules) -> dict[str, Any]:
     """One partition: its bits, and the nats between its blocks, the most valuable first."""
-    nats = between_blocks(modules.criterion.communication.nats, partition)
+    nats = between_blocks(modules.communication.nats, partition)
     heard = nats.clone().fill_diagonal_(0.0)
     order = heard.flatten().argsort(descending=True, stable=True)[:BANDS_SHOWN].tolist()
     pairs = [divmod(k, len(heard)) for k in order]

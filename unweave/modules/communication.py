@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -34,6 +36,8 @@ __all__ = ["Communication", "measure_communication", "talk"]
 
 # numbers in one table of products between coordinates; bounds memory, not the result
 NUMBERS_AT_ONCE = 1 << 24
+# of what the busiest node says: below it is what rounding leaves
+LEAST_SHARE = 1e-9
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,6 +75,26 @@ class Communication:
     def symmetric(self) -> Float[Tensor, "nodes nodes"]:
         """Undirected weights: nats[j, i] + nats[i, j], whichever of the two writes."""
         return self.nats + self.nats.T
+
+    def relative(self) -> Communication:
+        """The same graph with nodes that weigh alike: 1/2 ln(1 + s), s[j, i] = nats[j, i] / sqrt(heard_j said_i).
+
+        heard_j is all that j hears and said_i all that i says, in nats; s is 1 where i talks to j alone and j hears i
+        alone. 1/2 ln(1 + s) nats are what a Gaussian channel of this signal-to-noise ratio carries. What a network is
+        worth in all plays no part, so a saturated one, whose Fisher information vanishes, loses nothing; and neurons
+        that do little say as clearly as busy ones with whom they work. A node that says (or hears) less than 1e-9 of
+        what the busiest does says nothing.
+
+        Example:
+            >>> told = Communication(("a", "b"), torch.tensor([[0, 0], [1e-4, 0]]), torch.zeros(2, 2), (0, 1))
+            >>> told.relative().nats
+            tensor([[0.0000, 0.0000],
+                    [0.3466, 0.0000]])
+        """
+        nats = self.nats.double()
+        heard, said = (torch.where(x > LEAST_SHARE * x.max(), x, math.inf) for x in (nats.sum(1), nats.sum(0)))
+        share = nats / (heard[:, None].sqrt() * said.sqrt())
+        return dataclasses.replace(self, nats=(0.5 * torch.log1p(share)).to(self.nats))
 
     @cached_property
     def place(self) -> dict[str, int]:

@@ -18,8 +18,8 @@ from unweave.modules.partition import Partition
 
 __all__ = ["Criterion", "Description", "possible_pairs"]
 
-# candidates times pairs that are looked at together; bounds memory, not the result
-AT_ONCE = 1 << 20
+# numbers in one table of members; bounds memory, not the result
+AT_ONCE = 1 << 22
 LEAST_GAIN_BITS = 1e-9
 
 
@@ -50,7 +50,6 @@ class Description:
         inner_bits: to list the kept edges inside blocks, and for these edges.
         interface_bits: the same between blocks.
         lost_inside_bits, lost_bits: for what the dropped edges inside and between blocks would have said.
-        lost_inside_nats, lost_nats: the same in nats per token; the latter are lost through the interfaces.
         n_inner, n_kept_inside: possible edges inside blocks, and how many are kept.
         n_between, n_kept: the same between blocks.
     """
@@ -60,8 +59,6 @@ class Description:
     interface_bits: float
     lost_inside_bits: float
     lost_bits: float
-    lost_inside_nats: float
-    lost_nats: float
     n_inner: int
     n_kept_inside: int
     n_between: int
@@ -78,28 +75,26 @@ class Description:
 class Criterion:
     """The description length, in bits, of a communication graph seen through a partition.
 
-    The edges that execution order allows fall in two lists, those inside blocks and those between blocks::
+    The edges that execution order allows fall in lists: one for every block (what its nodes say to each other) and one
+    for every two blocks (their interface)::
 
-        L(P) = partition + list(inside) + list(between)
-
-        list(edges) = log2(c + 1) + log2(c choose k) + sum of b_e over the k kept edges out of these c
-                      + sum of tokens * nats_e / ln 2 over the dropped ones
+        L(P) = partition + sum over lists of (log2(c + 1) + log2(c choose k))
+               + sum of b_e over kept edges + sum of tokens * nats_e / ln 2 over dropped ones
         partition = log2 p(n) + log2 (n! / (product of block sizes! * product over sizes of how many blocks have it!))
 
-    A list says how many edges are kept, which, and what they are; what a dropped edge carried is lost on every token.
-    The kept edges are those that make L least, which sorting by (tokens * nats_e / ln 2 - b_e) finds exactly, since a
-    list costs the same whichever k edges are on it. Two lists are shorter than one where most edges inside blocks are
-    kept and few between: inside a block everything may talk to everything and little has to be said about who does;
-    an interface is a short list. Blocks that talk less inside than between (layers) are no modules: L is infinite.
-    p(n) is the number of ways to write n as a sum: the block sizes are named first, then which nodes they hold, so that
-    a few blocks beside many nodes on their own are cheap to name. One block and all nodes apart have one list and cost
-    the same; they compete with the rest, and a network without modules is described best by them.
+    Of the c edges on a list the k are kept that say more bits than they cost, tokens * nats_e / ln 2 > b_e, and the
+    list says how many and which. A list of which all or none are kept is short: so blocks are found whose nodes all
+    talk to each other, and that talk to another block with all nodes or not at all. Both may hold: a module that two
+    others share talks to each of them, and they not to each other. Blocks that, all in all, talk less inside than
+    between (layers) are no modules: L is infinite. p(n) is the number of ways to write n as a sum: the block sizes are
+    named first, then which nodes they hold. One block competes with the rest, and a network without modules is
+    described best by it.
 
     b_e = log2(tokens) / 2 bits, the price of one parameter measured on so many tokens; times the edge's effective
     dimensions where ``by_dimension`` is set.
 
     Attributes:
-        communication: of the graph.
+        communication: of the graph; nodes that weigh alike if it is :meth:`Communication.relative`.
         possible: which pairs execution order allows, ``[reader, writer]``.
         tokens: how many tokens the description must serve.
         by_dimension: whether an edge costs b_e for each dimension shared (at least one).
@@ -109,15 +104,14 @@ class Criterion:
         ShapeError: possible does not fit the nodes.
 
     Cost:
-        O(n^2) per partition after sorting n^2 pairs once.
+        O(n^2 B) per partition into B blocks.
 
     Exact?
-        The list of kept edges is the best one. Nats of dropped edges are added up: the second order without what
-        edges do together.
+        Nats of dropped edges are added up: the second order without what edges do together.
 
     Source:
-        Rissanen 1978, "Modeling by shortest data description"; Gruenwald 2007, "The Minimum Description Length
-        Principle".
+        Rissanen 1978, "Modeling by shortest data description"; lists between blocks: Peixoto 2013, "Parsimonious module
+        inference in large networks".
     """
 
     communication: Communication
@@ -137,58 +131,62 @@ class Criterion:
             raise InputError("there are nats between nodes that execution order keeps apart; is this the same graph?")
 
     @cached_property
-    def _pairs(self) -> tuple[Int[Tensor, " pairs"], Int[Tensor, " pairs"], Float[Tensor, " pairs"], Tensor]:
-        """(reader, writer, bits to keep, bits lost when dropped) of the possible edges, best to keep first."""
-        reader, writer = self.possible.cpu().nonzero(as_tuple=True)
-        nats = self.communication.nats.detach().cpu().to(torch.float64)[reader, writer]
-        lost = self.tokens * nats / math.log(2)
-        price = torch.full_like(lost, math.log2(self.tokens) / 2)
+    def _edges(self) -> Float[Tensor, "4 nodes nodes"]:
+        """Of every pair: whether it is possible, whether it is kept, bits paid for it, bits lost on it."""
+        nats = self.communication.nats.detach().cpu().to(torch.float64)
+        possible = self.possible.cpu().to(torch.float64)
+        said = self.tokens * nats / math.log(2)
+        price = torch.full_like(said, math.log2(self.tokens) / 2)
         if self.by_dimension:
-            shared = self.communication.dimensions.detach().cpu().to(torch.float64)[reader, writer]
-            price = price * shared.clamp(min=1.0)
-        order = (price - lost).argsort(stable=True)
-        return reader[order], writer[order], price[order], lost[order]
+            price = price * self.communication.dimensions.detach().cpu().to(torch.float64).clamp(min=1.0)
+        kept = (said > price).to(torch.float64)
+        return torch.stack([possible, kept, kept * price, (1 - kept) * said])
+
+    @property
+    def kept(self) -> Bool[Tensor, "nodes nodes"]:
+        """``[reader, writer]``: the edges worth their bits."""
+        return self._edges[1].bool()
+
+    @cached_property
+    def active(self) -> tuple[str, ...]:
+        """The nodes with a kept edge; the others are idle, and in no module."""
+        joined = self.kept.any(0) | self.kept.any(1)
+        return tuple(n for n, is_joined in zip(self.communication.nodes, joined.tolist(), strict=True) if is_joined)
+
+    def restricted(self, nodes: tuple[str, ...]) -> Criterion:
+        """The same for some of the nodes and what they say to each other."""
+        c = self.communication
+        at = torch.tensor([c.place[node] for node in nodes])
+        nats, dimensions = (x.cpu()[at][:, at] for x in (c.nats, c.dimensions))
+        told = Communication(nodes, nats, dimensions, tuple(c.layer[i] for i in at.tolist()))
+        return Criterion(told, self.possible.cpu()[at][:, at], self.tokens, self.by_dimension)
 
     def bits(self, labels: Int[Tensor, "candidates nodes"]) -> Float[Tensor, " candidates"]:
         """L of many partitions at once, given as labels from 0 to n - 1 (infinite where modules talk more between)."""
-        pieces = max(1, labels.shape[0] * max(1, len(self._pairs[0])) // AT_ONCE)
-        return torch.cat([sum(self._parts(piece)[:5]) for piece in labels.tensor_split(pieces)])  # type: ignore[misc]
+        pieces = max(1, labels.numel() * (int(labels.max()) + 1) // AT_ONCE)
+        constant = self._edges[2:].sum()
+        return torch.cat(
+            [_structure_bits(labels, self._edges[:2]) + constant for labels in labels.tensor_split(pieces)]
+        )
 
     def describe(self, partition: Partition) -> Description:
         """L of one partition, part by part."""
         if partition.nodes != self.communication.nodes:
             raise InputError("the partition is one of other nodes; take the communication's nodes")
-        parts = [float(part[0]) for part in self._parts(torch.tensor([partition.labels]))]
-        named, inner, interface, lost_inside, lost = parts[:5]
-        nats, counts = math.log(2) / self.tokens, [int(part) for part in parts[5:]]
-        return Description(named, inner, interface, lost_inside, lost, lost_inside * nats, lost * nats, *counts)
-
-    def _parts(self, labels: Int[Tensor, "candidates nodes"]) -> tuple[Tensor, ...]:
-        """(bits of the partition, of both lists, of what both drop; sizes of the lists and edges kept in each)."""
-        reader, writer, _, _ = self._pairs
-        cross = labels[:, reader] != labels[:, writer]
-        inner, between = self._list(~cross), self._list(cross)
-        # blocks that talk less inside than between are no modules: their lists must not pay
-        n_inner, k_inner, n_cross, k_cross = inner[2], inner[3], between[2], between[3]
-        apart = k_inner * n_cross < k_cross * n_inner
-        extra = torch.where(apart, math.inf, 0.0)
-        named = _partition_bits(labels) + extra
-        return named, inner[0], between[0], inner[1], between[1], n_inner, k_inner, n_cross, k_cross
-
-    def _list(self, among: Bool[Tensor, "candidates pairs"]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """(bits of the best list of kept edges, bits lost on the others, how many pairs, how many kept)."""
-        _, _, price, lost = self._pairs
-        here = among.to(torch.float64)
-        first = torch.zeros(len(here), 1, dtype=torch.float64)
-        n_pairs = here.sum(1, keepdim=True)
-        # column k of each: after the k best pairs, those of the other list passed over
-        kept = torch.cat([first, here.cumsum(1)], 1)
-        paid = torch.cat([first, (here * price).cumsum(1)], 1) + _log2_choose(n_pairs, kept)
-        gone = (here @ lost)[:, None] - torch.cat([first, (here * lost).cumsum(1)], 1)
-        best = (paid + gone).argmin(1, keepdim=True)
-        listed = paid.gather(1, best) + torch.log2(n_pairs + 1)
-        dropped = gone.gather(1, best).clamp(min=0.0)
-        return listed[:, 0], dropped[:, 0], n_pairs[:, 0], kept.gather(1, best)[:, 0]
+        labels = torch.tensor([partition.labels])
+        inside = labels == labels.T
+        within, crossing = (self._edges * inside).sum((1, 2)).tolist(), (self._edges * ~inside).sum((1, 2)).tolist()
+        sizes, kept = _by_list(labels, self._edges[:2])
+        lists = _list_bits(sizes, kept)[0]
+        named = _partition_bits(labels) + torch.where(_talk_less_inside(sizes, kept), math.inf, 0.0)
+        return Description(
+            float(named),
+            float(lists.trace()) + within[2],
+            float(lists.sum() - lists.trace()) + crossing[2],
+            within[3],
+            crossing[3],
+            *(int(x) for x in (*within[:2], *crossing[:2])),
+        )
 
     def improve(self, partition: Partition, max_sweeps: int = 10) -> Partition:
         """Move single nodes between blocks, or out into blocks of their own, and join blocks, while L falls.
@@ -228,9 +226,38 @@ class Criterion:
             d = self.describe(partition)
             row = {"blocks": partition.n_blocks, "bits": d.bits, "partition_bits": d.partition_bits}
             row |= {"inner_bits": d.inner_bits, "interface_bits": d.interface_bits}
-            row |= {"lost_inside_bits": d.lost_inside_bits, "lost_bits": d.lost_bits, "lost_nats": d.lost_nats}
+            row |= {"lost_inside_bits": d.lost_inside_bits, "lost_bits": d.lost_bits}
             rows.append(row | {"kept_inside": d.n_kept_inside, "kept_between": d.n_kept})
         return rows
+
+
+def _structure_bits(
+    labels: Int[Tensor, "candidates nodes"], edges: Float[Tensor, "2 nodes nodes"]
+) -> Float[Tensor, " candidates"]:
+    """L without what edges cost and what dropped ones lose, which no partition changes."""
+    sizes, kept = _by_list(labels, edges)
+    listed = _partition_bits(labels) + _list_bits(sizes, kept).sum((1, 2))
+    return torch.where(_talk_less_inside(sizes, kept), math.inf, listed)
+
+
+def _by_list(
+    labels: Int[Tensor, "candidates nodes"], edges: Float[Tensor, "2 nodes nodes"]
+) -> tuple[Float[Tensor, "candidates blocks blocks"], Float[Tensor, "candidates blocks blocks"]]:
+    """(how many pairs are possible, how many are kept) on each list; those of two blocks above the diagonal."""
+    member = torch.nn.functional.one_hot(labels).to(torch.float64)
+    ordered = [member.mT @ of @ member for of in edges]
+    folded = [(x + x.mT).triu(1) + torch.diag_embed(x.diagonal(dim1=1, dim2=2)) for x in ordered]
+    return folded[0], folded[1]
+
+
+def _list_bits(sizes: Tensor, kept: Tensor) -> Tensor:
+    return torch.log2(sizes + 1) + _log2_choose(sizes, kept)
+
+
+def _talk_less_inside(sizes: Tensor, kept: Tensor) -> Bool[Tensor, " candidates"]:
+    n_inner, k_inner = (x.diagonal(dim1=1, dim2=2).sum(1) for x in (sizes, kept))
+    n_cross, k_cross = sizes.sum((1, 2)) - n_inner, kept.sum((1, 2)) - k_inner
+    return k_inner * n_cross < k_cross * n_inner
 
 
 def _moves(labels: Int[Tensor, " nodes"]) -> Int[Tensor, "steps nodes"]:

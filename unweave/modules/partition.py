@@ -93,8 +93,8 @@ class Partition:
 
     @property
     def is_trivial(self) -> bool:
-        """Whether it says nothing: one block, or every node on its own."""
-        return self.n_blocks in (1, len(self))
+        """Whether it groups nothing: at most one block holds more than one node."""
+        return sum(len(block) > 1 for block in self.blocks.values()) < 2
 
     @cached_property
     def blocks(self) -> Mapping[str, tuple[str, ...]]:

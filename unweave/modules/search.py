@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -29,6 +28,8 @@ __all__ = ["STATISTICS", "Modules", "NullTest", "find_modules", "modules_of"]
 # -1 where little is good; modules are significant where the last one is
 STATISTICS = {"modularity": 1.0, "n_cut": -1.0, "saved_bits": 1.0}
 MOST_BLOCKS = 12
+# fewer cannot be grouped but trivially
+LEAST_NODES = 3
 # so many of the proposed partitions are improved step by step
 IMPROVED = 2
 
@@ -40,7 +41,7 @@ class NullTest:
     Attributes:
         null: "rewired", "shuffled", "reinitialised" or "untrained".
         statistic: "modularity"; "n_cut" (relative: (1 + n-cut) / B); or "saved_bits": by how much the best partition
-            describes the communication in fewer bits than one block and all nodes apart do, at least 0.
+            describes the communication in fewer bits than one block does, at least 0.
         value: the best that the search found on the graph.
         null_mean, null_sd: of the best that it found on each null sample.
         z: (value - null_mean) / null_sd; NaN where the null does not vary.
@@ -68,15 +69,16 @@ class Modules:
 
     Attributes:
         graph: its nodes grouped (:meth:`unweave.Graph.quotient`); None where only the communication was given.
-        partition: the one chosen.
-        hierarchy: by number of blocks, the best of each under the criterion; one block and all nodes apart among
-            them.
-        criterion: what chose; holds the communication.
+        communication: of the graph.
+        partition: the one chosen; idle nodes, which no edge worth its bits joins to any other, stay on their own.
+        hierarchy: by number of blocks, the best partition of the nodes that are not idle; one block among them.
+        criterion: what chose; holds the relative communication between the nodes that are not idle.
         tests: every statistic against every null.
         level: of the tests.
     """
 
     graph: Graph | None
+    communication: Communication
     partition: Partition
     hierarchy: tuple[Partition, ...]
     criterion: Criterion
@@ -85,18 +87,23 @@ class Modules:
 
     @cached_property
     def description(self) -> Description:
-        """The chosen partition's bits, part by part, and the nats lost through its interfaces."""
-        return self.criterion.describe(self.partition)
+        """The chosen partition's bits, part by part."""
+        return self.criterion.describe(self.active_partition)
+
+    @cached_property
+    def active_partition(self) -> Partition:
+        """The chosen partition without idle nodes."""
+        return self.partition.restricted(self.criterion.communication.nodes)
 
     @property
     def modularity(self) -> float:
-        """Q of the chosen partition."""
-        return self.partition.modularity(self.criterion.communication.symmetric())
+        """Q of the chosen partition, on relative nats."""
+        return self.active_partition.modularity(self.criterion.communication.symmetric())
 
     @property
     def n_cut(self) -> float:
-        """The normalised cut of the chosen partition."""
-        return self.partition.n_cut(self.criterion.communication.symmetric())
+        """The normalised cut of the chosen partition, on relative nats."""
+        return self.active_partition.n_cut(self.criterion.communication.symmetric())
 
     @property
     def z(self) -> Mapping[tuple[str, str], float]:
@@ -111,11 +118,11 @@ class Modules:
     def significant(self, level: float | None = None) -> bool:
         """Whether there are modules at all, at a level of significance.
 
-        Yes where the partition chosen is neither one block nor all nodes apart, and saves more bits than the same
-        search saves on graphs without modules, for every null. Modularity and n-cut are tested for comparison with
-        the literature; a few outliers among the weights make both large by chance, so they may miss modules; and they
-        see ones that the criterion does not count because every edge between them is worth its bits, too: look at their
-        z, and ask for a description that serves fewer ``tokens``.
+        Yes where the partition chosen is not one block, and saves more bits than the same search saves on graphs
+        without modules, for every null. Modularity and n-cut are tested for comparison with the literature; a few
+        outliers among the weights make both large by chance, so they may miss modules; and they see ones that the
+        criterion does not count because every edge between them is worth its bits, too: look at their z, and ask for a
+        description that serves fewer ``tokens``.
 
         Raises:
             InputError: no null was drawn.
@@ -124,10 +131,10 @@ class Modules:
         if not tests:
             raise InputError("nothing was held against a null; name one in nulls=...")
         level = self.level if level is None else level
-        return not self.partition.is_trivial and all(t.p <= level for t in tests)
+        return not self.active_partition.is_trivial and all(t.p <= level for t in tests)
 
     def curve(self) -> list[dict[str, Any]]:
-        """One plain row per partition of the hierarchy: its bits by part, the nats lost, modularity and n-cut."""
+        """One plain row per partition of the hierarchy: its bits by part, modularity and n-cut."""
         weights = self.criterion.communication.symmetric()
         rows = self.criterion.table(self.hierarchy)
         return [
@@ -137,7 +144,7 @@ class Modules:
 
     def table(self) -> list[dict[str, Any]]:
         """One plain row per block: its nodes, and the nats per token it keeps inside, hears and sends."""
-        between = between_blocks(self.criterion.communication.nats, self.partition)
+        between = between_blocks(self.communication.nats, self.partition)
         inside, heard, sent = between.diagonal(), between.sum(1), between.sum(0)
         return [
             {
@@ -160,9 +167,9 @@ class _Search:
     seed: int
 
     def candidates(self, criterion: Criterion) -> tuple[Partition, ...]:
-        """What the methods propose, with one block, all nodes apart, and the best few improved step by step."""
+        """What the methods propose, with one block, and the best few improved step by step."""
         c = criterion.communication
-        nodes, n = c.nodes, len(c.nodes)
+        nodes = c.nodes
         weights = c.symmetric().detach().cpu().to(torch.float64)
         found: dict[Partition, None] = {}
         for method in self.methods:
@@ -170,11 +177,13 @@ class _Search:
             if method == "sbm":
                 expected = expected_nats(c, criterion.possible)
                 options["expected"] = expected + expected.T
-            found |= dict.fromkeys(PARTITIONERS[method](nodes, weights, self.max_blocks, self.seed, **options))
+            found |= dict.fromkeys(
+                PARTITIONERS[method](nodes, weights, min(self.max_blocks, len(nodes)), self.seed, **options)
+            )
         bits = self.bits(criterion, tuple(found))
         best = sorted(found, key=lambda partition: bits[partition])[:IMPROVED]
         found |= dict.fromkeys(criterion.improve(partition) for partition in best)
-        found |= dict.fromkeys([Partition(nodes, (0,) * n), Partition(nodes, tuple(range(n)))])
+        found[Partition(nodes, (0,) * len(nodes))] = None
         return tuple(found)
 
     def bits(self, criterion: Criterion, partitions: tuple[Partition, ...]) -> dict[Partition, float]:
@@ -187,7 +196,7 @@ class _Search:
     def best(self, criterion: Criterion, candidates: tuple[Partition, ...]) -> dict[str, float]:
         """The best of each statistic over the search."""
         bits = self.bits(criterion, candidates)
-        plain = min(bits[partition] for partition in candidates if partition.is_trivial)
+        plain = next(bits[partition] for partition in candidates if partition.n_blocks == 1)
         weights = criterion.communication.symmetric().detach().cpu().to(torch.float64)
         return {
             "modularity": max(partition.modularity(weights) for partition in candidates),
@@ -217,12 +226,13 @@ def find_modules(
 ) -> Modules:
     """Group the nodes of a graph into modules, if it has any.
 
-    The communication between nodes is measured once, in nats per token. Every method proposes a hierarchy of
-    partitions of the undirected graph; the criterion (:class:`~unweave.modules.criterion.Criterion`: bits to
-    describe the blocks and their interfaces, and bits lost through edges that are dropped) chooses one, improved
-    step by step. One block and all nodes apart compete with the rest. Then the same search runs on graphs without
-    modules, and its best modularity and n-cut there are compared with those here; the best over the whole search, so
-    that p is valid whatever was tried.
+    The communication between nodes is measured once and taken relative to what each node says and hears
+    (:meth:`~unweave.modules.Communication.relative`); nodes that no edge joins to any other are idle and set aside.
+    Every method proposes a hierarchy of partitions of the undirected graph; the criterion
+    (:class:`~unweave.modules.criterion.Criterion`: bits to describe the blocks and their interfaces) chooses one,
+    improved step by step. One block competes with the rest. Then the same search runs on graphs without modules, and
+    its best statistics there are compared with those here; the best over the whole search, so that p is valid whatever
+    was tried.
 
     Args:
         graph: refine its MLPs first where modules may hold parts of them.
@@ -268,7 +278,7 @@ def find_modules(
         tokens = require_positions(scope or Scope(), data)
     measured = measure_communication(graph, data, scope, seed=seed, progress=progress, **measuring)
     possible = possible_pairs(graph)
-    criterion = Criterion(measured, possible, tokens, by_dimension)
+    criterion = _without_idle(Criterion(measured.relative(), possible, tokens, by_dimension))
     search = _Search(tuple(methods), _most_blocks(max_blocks, len(graph.nodes)), seed)
     samples_of: dict[str, list[Criterion]] = {}
     if "rewired" in nulls:
@@ -280,9 +290,9 @@ def find_modules(
             if other.nodes != graph.nodes:
                 raise InputError(f"an {null} network has other nodes than the graph; make and refine it the same way")
             told = measure_communication(other, data, scope, seed=seed, progress=False, **measuring)
-            found.append(Criterion(_rescaled(told, measured), possible_pairs(other), tokens, by_dimension))
+            found.append(_without_idle(Criterion(told.relative(), possible_pairs(other), tokens, by_dimension)))
         samples_of[null] = found
-    return _judge(graph, criterion, search, samples_of, level, progress)
+    return _judge(graph, measured, criterion, search, samples_of, level, progress)
 
 
 def modules_of(
@@ -317,9 +327,10 @@ def modules_of(
         (0, 0, 0, 1, 1, 1)
     """
     _check(methods, ("rewired",), n_null, None, level)
-    criterion = Criterion(measured, possible, tokens, by_dimension)
+    criterion = _without_idle(Criterion(measured.relative(), possible, tokens, by_dimension))
     search = _Search(tuple(methods), _most_blocks(max_blocks, len(measured.nodes)), seed)
-    return _judge(None, criterion, search, {"rewired": _rewired(criterion, n_null, seed)}, level, progress)
+    rewired = {"rewired": _rewired(criterion, n_null, seed)}
+    return _judge(None, measured, criterion, search, rewired, level, progress)
 
 
 def _check(methods: Sequence[str], nulls: Sequence[str], n_null: int, n_networks: int | None, level: float) -> None:
@@ -338,7 +349,7 @@ def _check(methods: Sequence[str], nulls: Sequence[str], n_null: int, n_networks
 
 
 def _most_blocks(max_blocks: int | None, n_nodes: int) -> int:
-    if n_nodes < 3:
+    if n_nodes < LEAST_NODES:
         raise InputError(f"a graph of {n_nodes} nodes has no modules to look for; refine it first")
     if max_blocks is None:
         return min(MOST_BLOCKS, max(2, n_nodes // 3))
@@ -347,16 +358,16 @@ def _most_blocks(max_blocks: int | None, n_nodes: int) -> int:
     return max_blocks
 
 
-def _rescaled(told: Communication, like: Communication) -> Communication:
-    """With as many nats in all as another: how much is said is not what a null is about."""
-    total = float(told.nats.sum())
-    return dataclasses.replace(told, nats=told.nats * (float(like.nats.sum()) / total)) if total else told
+def _without_idle(criterion: Criterion) -> Criterion:
+    """Of the nodes that some edge worth its bits joins to another; of all where there are too few to group."""
+    return criterion.restricted(criterion.active) if len(criterion.active) >= LEAST_NODES else criterion
 
 
 def _rewired(criterion: Criterion, n_null: int, seed: int) -> list[Criterion]:
     generator = torch.Generator().manual_seed(seed)
-    drawn = rewire(criterion.communication, criterion.possible, n_null, generator)
-    return [Criterion(told, criterion.possible, criterion.tokens, criterion.by_dimension) for told in drawn]
+    drawn = rewire(criterion.communication, criterion.possible, n_null, generator, criterion.kept)
+    every = [Criterion(told, criterion.possible, criterion.tokens, criterion.by_dimension) for told in drawn]
+    return [_without_idle(sample) for sample in every]
 
 
 def _network_nulls(
@@ -371,6 +382,7 @@ def _network_nulls(
 
 def _judge(
     graph: Graph | None,
+    measured: Communication,
     criterion: Criterion,
     search: _Search,
     samples_of: Mapping[str, list[Criterion]],
@@ -383,22 +395,24 @@ def _judge(
     for partition in sorted(candidates, key=lambda p: bits[p]):
         if bits[partition] < math.inf:
             by_count.setdefault(partition.n_blocks, partition)
+    hierarchy = tuple(by_count[count] for count in sorted(by_count))
     # a tie is no reason for modules: one block is first
-    chosen = min((by_count[count] for count in sorted(by_count)), key=lambda p: bits[p])
+    chosen = min(hierarchy, key=lambda p: bits[p])
     here, tests = search.best(criterion, candidates), []
     for null, samples in samples_of.items():
         shown = track(samples, f"searching {null} graphs", len(samples), show=progress)
         there = [search.best(sample, search.candidates(sample)) for sample in shown]
         tests += [_test(null, name, here[name], [found[name] for found in there]) for name in STATISTICS]
-    hierarchy = tuple(by_count[count] for count in sorted(by_count))
-    grouped = None if graph is None else graph.quotient(chosen.blocks)
-    return Modules(grouped, chosen, hierarchy, criterion, tuple(tests), level)
+    whole = Partition.from_blocks(measured.nodes, chosen.blocks.values())
+    grouped = None if graph is None else graph.quotient(whole.blocks)
+    return Modules(grouped, measured, whole, hierarchy, criterion, tuple(tests), level)
 
 
 def _test(null: str, statistic: str, value: float, found: list[float]) -> NullTest:
     there = torch.tensor(found, dtype=torch.float64)
     mean, sd = float(there.mean()), float(there.std()) if len(found) > 1 else 0.0
     as_good = int((STATISTICS[statistic] * there >= STATISTICS[statistic] * value - 1e-12).sum())
-    z = (value - mean) / sd if sd > 0 else math.nan
+    # what rounding leaves is no variation
+    z = (value - mean) / sd if sd > 1e-9 * (1 + abs(mean)) else math.nan
     percentile = 100 * (1 - as_good / len(found))
     return NullTest(null, statistic, value, mean, sd, z, percentile, (1 + as_good) / (1 + len(found)), len(found))

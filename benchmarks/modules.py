@@ -1,0 +1,259 @@
+"""Modules: found where they are known, not found where there are none, and what stories260K has.
+
+    python -m benchmarks.modules
+
+Known modules: two_tasks trained over five seeds, the retina over three, the shared step; adjusted Rand index on the
+neurons that the models' own records name. Baselines see the same measured nats (Louvain, spectral clustering; the
+number of blocks of greatest modularity) or the weights (k-means, told the right number). False positives: networks
+with shuffled weights and untrained ones, at the 5% level. stories260K: everything that can be said of its partition, at
+several resolutions (tokens that the description serves).
+"""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import torch
+from scipy.stats import binomtest
+from sklearn.cluster import KMeans
+from torch import nn
+
+from benchmarks.common import model, save
+from unweave import zoo
+from unweave.capture import capture
+from unweave.data import TokenData, load_data
+from unweave.errors import UnweaveError
+from unweave.graph import Graph
+from unweave.modules.checks import ablate_modules, swap_interfaces
+from unweave.modules.communication import Communication
+from unweave.modules.criterion import possible_pairs
+from unweave.modules.grouping import group_neurons
+from unweave.modules.interfaces import measure_interfaces, measured_width
+from unweave.modules.nulls import shuffle_weights
+from unweave.modules.partition import Partition
+from unweave.modules.partitioners import PARTITIONERS
+from unweave.modules.search import Modules, find_modules, modules_of
+from unweave.scope import Scope
+
+SEEDS = range(5)
+METHODS = ("spectral", "louvain")
+ANSWERED = Scope(positions="answered")
+FALSE_POSITIVE_CASES = 25
+# for how many tokens the descriptions of known models are asked as well
+SERVED = (64, 256, 1024, 4096)
+# of stories260K: where all edges are worth their bits, one list is best; fewer tokens drop the weak ones
+RESOLUTIONS = (1024, 256, 64)
+
+
+def neurons(graph: Graph) -> Graph:
+    """Every MLP in neurons."""
+    return graph.refine({s.nodes[0]: s.code_widths[0] for s in graph.stages if s.kind == "mlp"})
+
+
+def truth_of(facts: dict[str, Any]) -> Partition:
+    """The recorded modules of the neurons that are in one."""
+    modules = facts.get("modules") or {k: facts[k] for k in ("shared", "copy_only", "successor_only")}
+    nodes = [(node, b) for b, block in enumerate(modules.values()) for node in block]
+    return Partition(tuple(n for n, _ in nodes), tuple(b for _, b in nodes))
+
+
+def tests(found: Modules) -> dict[str, Any]:
+    """z and p of every statistic against every null."""
+    rows = [{"null": t.null, "statistic": t.statistic, "value": t.value, "z": t.z, "p": t.p} for t in found.tests]
+    sizes = sorted((len(b) for b in found.active_partition.blocks.values()), reverse=True)
+    return {"significant": found.significant(), "sizes": sizes, "tests": rows}
+
+
+# ---- known modules ------------------------------------------------------------------------------------------
+
+
+def known_models() -> list[tuple[str, int | str, nn.Module, dict[str, Any]]]:
+    """(room, seed, model, what is known of it)."""
+    out: list[tuple[str, int | str, nn.Module, dict[str, Any]]] = []
+    for name, seeds in (("two_tasks", SEEDS), ("retina", SEEDS[:3])):
+        for seed in seeds:
+            *_, (_, _, trained) = zoo.room(name).train(seed)
+            out.append((name, seed, trained.eval(), zoo.room(name).known(trained)))
+    bundled = ("two_tasks", "retina", "shared_step")
+    return out + [(name, "bundled", zoo.load(name), zoo.known(name)) for name in bundled]
+
+
+def known_row(name: str, seed: int | str, net: nn.Module, facts: dict[str, Any]) -> dict[str, Any]:
+    """Ours and the baselines against the truth."""
+    graph, data, truth = neurons(capture(net)), load_data(f"zoo:{name}", limit=2048), truth_of(facts)
+    begin = time.perf_counter()
+    # the slow nulls for the models that anyone has
+    networks = ("shuffled", "reinitialised") if seed == "bundled" else ()
+    options = {"n_null": 39, "n_networks": 19, "nulls": ("rewired", *networks), "methods": METHODS}
+    found = find_modules(graph, data, ANSWERED, batch_size=256, progress=False, **options)
+    row = {"model": name, "seed": seed, "n_truth": len(truth), "n_modules": truth.n_blocks, **tests(found)}
+    row["seconds"] = round(time.perf_counter() - begin, 1)
+    named = {"unweave": found.partition, **plain(found.communication)}
+    row["adjusted_rand"] = {k: p.restricted(truth.nodes).adjusted_rand(truth) for k, p in named.items()}
+    row["tokens"], row["adjusted_rand_by_tokens"] = found.criterion.tokens, {}
+    for tokens in SERVED:
+        other = modules_of(
+            found.communication,
+            possible_pairs(graph),
+            tokens=tokens,
+            n_null=1,
+            level=0.5,
+            methods=METHODS,
+            progress=False,
+        )
+        row["adjusted_rand_by_tokens"][tokens] = other.partition.restricted(truth.nodes).adjusted_rand(truth)
+    if isinstance(net, nn.Sequential):
+        row["adjusted_rand"]["k-means on weights"] = k_means(net, truth).adjusted_rand(truth)
+    return row
+
+
+def plain(told: Communication) -> dict[str, Partition]:
+    """What the methods give on the nats as they are, by greatest modularity."""
+    weights = told.symmetric().double()
+    out = {}
+    for method in ("louvain", "spectral"):
+        proposed = PARTITIONERS[method](told.nodes, weights, 12, 0)
+        whole = Partition(told.nodes, (0,) * len(told.nodes))
+        out[method] = max([whole, *proposed], key=lambda p: p.modularity(weights))
+    return out
+
+
+def k_means(net: nn.Sequential, truth: Partition) -> Partition:
+    """k-means on the absolute weights in and out of each neuron, one coordinate per other neuron, input and output."""
+    layers = [m.weight.detach().abs() for m in net if isinstance(m, nn.Linear)]
+    starts = [0]
+    for w in layers:
+        starts.append(starts[-1] + w.shape[1])
+    n = starts[-1] + layers[-1].shape[0]
+    table = torch.zeros(n, n)
+    for k, w in enumerate(layers):
+        table[starts[k + 1] : starts[k + 1] + len(w), starts[k] : starts[k] + w.shape[1]] = w
+    table = table + table.T
+    at = [starts[int(node.split(".")[1]) + 1] + int(node.split(".")[3]) for node in truth.nodes]
+    labels = KMeans(truth.n_blocks, n_init=10, random_state=0).fit_predict(table[at].numpy())
+    return Partition(truth.nodes, tuple(int(x) for x in labels))
+
+
+# ---- false positives ------------------------------------------------------------------------------------------
+
+
+def false_positives(name: str, kind: str) -> dict[str, Any]:
+    """How often networks without modules are said to have some."""
+    graph, data, hits, p_values = neurons(capture(f"zoo:{name}")), load_data(f"zoo:{name}", limit=256), 0, []
+    for seed in range(FALSE_POSITIVE_CASES):
+        if kind == "shuffled":
+            other = shuffle_weights(graph, torch.Generator().manual_seed(1000 + seed))
+        else:
+            torch.manual_seed(seed)
+            other = neurons(capture(zoo.untrained(name)))
+        options = {"n_null": 19, "methods": ("spectral",), "seed": seed, "batch_size": 256, "progress": False}
+        found = find_modules(other, data, ANSWERED, **options)
+        hits += found.significant()
+        p_values.append({statistic: found.p["rewired", statistic] for _, statistic in found.p})
+    at_level = {s: sum(p[s] <= 0.05 for p in p_values) for s in p_values[0]}
+    return {"model": name, "kind": kind, "hits": hits, "at_level": at_level, **rate(hits, FALSE_POSITIVE_CASES)}
+
+
+def rate(hits: int, n: int) -> dict[str, Any]:
+    """With an exact binomial interval."""
+    interval = binomtest(hits, n).proportion_ci(0.95)
+    return {"n": n, "rate": hits / n, "low": float(interval.low), "high": float(interval.high)}
+
+
+# ---- stories260K ------------------------------------------------------------------------------------------------
+
+
+def stories() -> dict[str, Any]:
+    """The hierarchy, the nulls, and the causal checks of the partition chosen."""
+    whole, train, held = model("stories260K", context=64)
+    data, held = train.select(slice(0, 64)), held.select(slice(0, 24))
+    auto = group_neurons(whole, data, progress=False)
+    graph = group_neurons(whole, data, groups=4, progress=False)
+    options = {"n_null": 39, "n_networks": 19, "nulls": ("rewired", "shuffled", "reinitialised"), "methods": METHODS}
+    found = find_modules(graph, data, batch_size=32, progress=False, **options)
+    sweep = []
+    for tokens in RESOLUTIONS:
+        coarse = modules_of(
+            found.communication, possible_pairs(graph), tokens=tokens, n_null=39, methods=METHODS, progress=False
+        )
+        sweep.append(
+            {"tokens": tokens, "active": len(coarse.active_partition), **tests(coarse), "curve": coarse.curve()}
+        )
+        if found.active_partition.is_trivial and not coarse.active_partition.is_trivial:
+            found_at, chosen = tokens, coarse
+            break
+    else:
+        found_at, chosen = found.criterion.tokens, found
+    partition = best_of(chosen)
+    grouped = graph.quotient(partition.blocks)
+    return {
+        "nodes": len(graph.nodes),
+        "groups_of_neurons_auto": sum(".part." in n for n in auto.nodes),
+        "tokens": found.criterion.tokens,
+        **tests(found),
+        "curve": found.curve(),
+        "resolutions": sweep,
+        "partition_at_tokens": found_at,
+        "partition_significant": chosen.significant(),
+        "partition_trivial": chosen.active_partition.is_trivial,
+        "blocks": {name: list(nodes) for name, nodes in partition.blocks.items()},
+        "interfaces": interface_rows(grouped, held),
+        **causal_checks(grouped, held),
+    }
+
+
+def best_of(found: Modules) -> Partition:
+    """The partition chosen, or the best that is not trivial."""
+    if not found.active_partition.is_trivial:
+        return found.partition
+    other = [p for p in found.hierarchy if not p.is_trivial]
+    best = min(other, key=lambda p: found.criterion.describe(p).bits)
+    return Partition.from_blocks(found.partition.nodes, best.blocks.values())
+
+
+def interface_rows(graph: Graph, data: TokenData, k: int = 8) -> list[dict[str, Any]]:
+    """The interfaces worth most, and in how many directions they are needed."""
+    found = measure_interfaces(graph, data, n_examples=0, n_shown=0, progress=False)
+    rows = []
+    for i in sorted(found.interfaces, key=lambda i: -i.nats)[:k]:
+        width = measured_width(found, data, i.src, i.dst, 0.9, progress=False)
+        row = {"src": i.src, "dst": i.dst, "nats": i.nats, "dimensions_99": i.dimensions(0.99), "width_90": width}
+        rows.append(row)
+    return rows
+
+
+def causal_checks(graph: Graph, data: TokenData) -> dict[str, Any]:
+    """Blocks ablated and swapped, beside random sets; blocks with the output in them cannot be."""
+    multiple = {b for b in set(graph.modules.values()) if list(graph.modules.values()).count(b) > 1}
+    blocks = sorted(b for b in multiple if graph.modules.get(graph.nodes[-1]) != b)
+    try:
+        effects = ablate_modules(graph, data, blocks=blocks, n_random=4, progress=False)
+        swaps = swap_interfaces(graph, data, blocks=blocks, n_random=4, progress=False)
+    except UnweaveError as error:
+        return {"checks": str(error)}
+    return {"ablated": effects.table(), "swapped": swaps.table(), "violations": swaps.violations}
+
+
+def main() -> None:
+    started = time.time()
+    torch.set_num_threads(1)
+    result: dict[str, Any] = {"stories260K": stories()}
+    print(f"stories260K: {time.time() - started:.0f} s", flush=True)
+    result["known"] = []
+    for case in known_models():
+        result["known"].append(known_row(*case))
+        row = result["known"][-1]
+        print(row["model"], row["seed"], row["adjusted_rand"], row["significant"], row["seconds"], flush=True)
+    result["false_positives"] = []
+    for name in ("two_tasks", "retina"):
+        for kind in ("shuffled", "untrained"):
+            result["false_positives"].append(false_positives(name, kind))
+            print(result["false_positives"][-1], flush=True)
+    n_hits = sum(row["hits"] for row in result["false_positives"])
+    result["false_positive_rate"] = rate(n_hits, sum(row["n"] for row in result["false_positives"]))
+    save("modules", result, started, "python -m benchmarks.modules")
+
+
+if __name__ == "__main__":
+    main()
