@@ -1,0 +1,29 @@
+"""Falsification: what an explanation forbids, put to the test on the model itself."""
+
+from unweave.falsification.edits import (
+    Edit,
+    RankOneWrite,
+    RemoveDirection,
+    ScaleHead,
+    Several,
+    Steer,
+    SwapTokens,
+    random_edits,
+)
+from unweave.falsification.predictions import EditEffect, EditTable, PredictionRow, edit_prediction, predict_edit
+
+__all__ = [
+    "Edit",
+    "EditEffect",
+    "EditTable",
+    "PredictionRow",
+    "RankOneWrite",
+    "RemoveDirection",
+    "ScaleHead",
+    "Several",
+    "Steer",
+    "SwapTokens",
+    "edit_prediction",
+    "predict_edit",
+    "random_edits",
+]
