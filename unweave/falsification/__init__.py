@@ -11,8 +11,10 @@ from unweave.falsification.edits import (
     random_edits,
 )
 from unweave.falsification.predictions import EditEffect, EditTable, PredictionRow, edit_prediction, predict_edit
+from unweave.falsification.rebuilding import DiscardCost, discard_cost, rebuild
 
 __all__ = [
+    "DiscardCost",
     "Edit",
     "EditEffect",
     "EditTable",
@@ -23,7 +25,9 @@ __all__ = [
     "Several",
     "Steer",
     "SwapTokens",
+    "discard_cost",
     "edit_prediction",
     "predict_edit",
     "random_edits",
+    "rebuild",
 ]
