@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import re
 from typing import Any
 
 import numpy as np
@@ -11,15 +12,18 @@ import pytest
 import torch
 import torch.nn.functional as F
 from families import random_model
+from typer.testing import CliRunner
 
-from unweave.capture import capture, load_model, model_logits
+from unweave.capture import capture, load_model, load_tokenizer, model_logits
+from unweave.cli import app
 from unweave.compression import compress
-from unweave.data import TokenData, from_tensor
+from unweave.data import TokenData, from_tensor, load_data
 from unweave.errors import (
     EmptyDataError,
     InputError,
     NonFiniteError,
     ShapeError,
+    StorageError,
     UnknownNameError,
     UnsupportedModelError,
 )
@@ -34,6 +38,8 @@ from unweave.falsification import (
     edit_prediction,
     predict_edit,
     random_edits,
+    read_edit,
+    save_edited,
 )
 from unweave.graph import Graph
 from unweave.scope import Quotient, Scope
@@ -59,7 +65,7 @@ EDITS = {
     "steer after the embedding": Steer("embed", vector(6)),
     "several": Several((ScaleHead(HEAD, 0.3), SwapTokens(3, 7), Steer(MLP, vector(5)))),
 }
-FAMILIES = ("gpt2", "gpt2-untied", "gpt_neo", "gpt_neox", "llama", "llama-tied-biased", "qwen3")
+FAMILIES = ("gpt2", "gpt_neox", "llama", "llama-tied-biased")
 
 
 @pytest.fixture(scope="module")
@@ -266,15 +272,15 @@ def test_the_gradient_is_right_for_tiny_edits_and_the_model_predicts_itself(wide
 
 
 def test_the_columns_by_the_plainest_code(wide, rows):
-    rows = rows.select(slice(0, 3))
+    rows = rows.select(slice(0, 2))
     small = compress(wide, rows, size=0.7)
-    edits = random_edits(wide, 8, 0.5, 2)
+    edits = random_edits(wide, 5, 0.5, 2)
     table = edit_prediction(small, wide, {"half": edits}, rows, batch_size=2)
     row = table.row("half", "graph")
 
     def by_hand(graph: Graph, edit) -> tuple[float, int]:
         change, moved, n = 0.0, torch.zeros(50, dtype=torch.float64), 0
-        for i in range(3):
+        for i in range(2):
             ids = rows.tokens[i, : int(rows.lengths[i])][None].long()
             a, b = (run(g, ids).logits[0].log_softmax(-1) for g in (graph, edit.apply_to_graph(graph)))
             place = torch.arange(len(a) - 1)
@@ -324,9 +330,6 @@ def test_random_edits_are_a_stated_family(wide, rows):
 
 def test_stories260k_sparse_graph_predicts_edits(shared):
     """The goal of the benchmark, in small."""
-    from unweave.capture import load_tokenizer
-    from unweave.data import load_data
-
     folder = shared / "models" / "stories260K"
     graph = capture(folder, verify=False)
     data = load_data(shared / "data" / "stories260K.jsonl", load_tokenizer(folder), context=32, limit=22)
@@ -334,6 +337,77 @@ def test_stories260k_sparse_graph_predicts_edits(shared):
     small = compress(graph, calibration, size=0.85, form="sparse", samples=1)
     table = edit_prediction(small, graph, {"1": random_edits(graph, 10, 1.0, 0, calibration)}, held)
     assert table.row("1", "graph").r2.value > 0.9 > table.row("1", "gradient").r2.value
+
+
+# ---- the command ----------------------------------------------------------------------------------------
+
+
+def test_the_command_saves_what_it_says(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    d = vector(0, 64)
+    np.save("direction.npy", d.numpy())
+    asked = [
+        "--remove",
+        "blocks.0.attn.head.0:direction.npy",
+        "--scale",
+        "blocks.1.attn.head.1=0.5",
+        "--swap",
+        "3",
+        "7",
+    ]
+    small = ["--sequences", "24", "--held-out", "8"]
+    done = CliRunner().invoke(app, ["edit", "zoo:induction", *asked, *small, "-o", "edited"])
+    assert done.exit_code == 0, done.output
+    edit = Several(
+        (RemoveDirection("blocks.0.attn.head.0", d), ScaleHead("blocks.1.attn.head.1", 0.5), SwapTokens(3, 7))
+    )
+    batch = torch.randint(0, 20, (2, 12), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        truth = edit.apply_to_model(load_model("zoo:induction"))(batch)
+        assert torch.equal(load_model(tmp_path / "edited")(batch), truth)
+    graph = capture("zoo:induction")
+    _, held = load_data("zoo:induction", limit=32).split(held_out=8, seed=0)
+    measured = predict_edit(graph, edit, held, Scope(positions="answered")).loss_nats
+    predicted, printed = (float(x) for x in re.findall(r"[+-]\d+\.\d{4}", done.output))
+    assert printed == pytest.approx(measured, abs=1e-3)
+    assert predicted == pytest.approx(measured, rel=0.5)
+    again = CliRunner().invoke(app, ["edit", "zoo:induction", *asked, *small, "-o", "edited"])
+    assert again.exit_code == 1
+    assert "holds something" in again.output
+
+
+def test_hugging_face_folders_keep_their_tokenizer(tmp_path, shared):
+    folder = shared / "models" / "stories260K"
+    asked = ["edit", str(folder), "--swap", "he", "she", "--scale", "blocks.4.mlp=0.9", "-o", str(tmp_path / "edited")]
+    done = CliRunner().invoke(app, asked)
+    assert done.exit_code == 0, done.output
+    tokenizer = load_tokenizer(tmp_path / "edited")
+    a, b = (tokenizer(x, add_special_tokens=False)["input_ids"][0] for x in ("he", "she"))
+    edit = Several((ScaleHead("blocks.4.mlp", 0.9), SwapTokens(a, b)))
+    ids = torch.arange(20)[None]
+    expected = run(edit.apply_to_graph(capture(folder, verify=False)), ids).logits
+    torch.testing.assert_close(run(capture(tmp_path / "edited"), ids).logits, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_what_is_typed_wrongly_is_refused(tmp_path):
+    np.save(tmp_path / "matrix.npy", np.zeros((2, 2)))
+    (tmp_path / "broken.npy").write_text("nothing")
+    for wrong in (
+        {"remove": ["blocks.0.mlp"]},
+        {"remove": [f"blocks.0.mlp:{tmp_path}/matrix.npy"]},
+        {"remove": [f"blocks.0.mlp:{tmp_path}/vector.txt"]},
+        {"scale": ["blocks.0.mlp"]},
+        {"scale": ["blocks.0.mlp=half"]},
+        {"swap": ("he", "she")},
+        {},
+    ):
+        with pytest.raises(InputError):
+            read_edit(**wrong)
+    with pytest.raises(StorageError, match="cannot read"):
+        read_edit([f"blocks.0.mlp:{tmp_path}/broken.npy"])
+    with pytest.raises(UnsupportedModelError, match=r"after blocks\.0\.mlp"):
+        save_edited(Steer(MLP, vector(0)), random_model("llama"), tmp_path / "new")
+    assert not (tmp_path / "new").exists()
 
 
 # ---- refusals -------------------------------------------------------------------------------------------

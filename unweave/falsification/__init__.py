@@ -1,5 +1,6 @@
 """Falsification: what an explanation forbids, put to the test on the model itself."""
 
+from unweave.falsification.editing import read_edit, save_edited
 from unweave.falsification.edits import (
     Edit,
     RankOneWrite,
@@ -29,5 +30,7 @@ __all__ = [
     "edit_prediction",
     "predict_edit",
     "random_edits",
+    "read_edit",
     "rebuild",
+    "save_edited",
 ]

@@ -102,7 +102,7 @@ def layer_of(name):
 
 
 class Port(nn.Module):
-    """One way in which a node reads: what it hears, normalised, through its matrices."""
+    """One way in which a node reads: what it hears, normalised, through matrices."""
 
     def __init__(self, w, node, port, reads=("read",)):
         super().__init__()
@@ -121,7 +121,7 @@ class Port(nn.Module):
 
 ROTARY = '''\
 def turn(x, frequencies):
-    """Turn coordinates (i, planes + i) of queries and keys by position * frequency i."""
+    """Turn coordinates (i, planes + i) of each head by position * frequency i."""
     angles = torch.arange(x.shape[2], device=x.device)[:, None] * frequencies
     cos, sin = ((t * ROTARY_SCALING).to(x.dtype) for t in (angles.cos(), angles.sin()))
     planes = len(frequencies)
@@ -241,7 +241,7 @@ LAYERS = (
     _START
     + '''
     def forward(self, tokens, mask=None):
-        """[batch pos] token ids -> [batch pos outputs]; mask: True where one is real."""
+        """[batch pos] token ids -> [batch pos outputs]; mask: True where real."""
         mask = torch.ones_like(tokens, dtype=torch.bool) if mask is None else mask
         x = sum(self.embed(tokens).values())
         for node in self.nodes:
@@ -254,7 +254,7 @@ CIRCUIT = (
     _START
     + '''
     def forward(self, tokens, mask=None):
-        """[batch pos] token ids -> [batch pos outputs]; mask: True where one is real."""
+        """[batch pos] token ids -> [batch pos outputs]; mask: True where real."""
         mask = torch.ones_like(tokens, dtype=torch.bool) if mask is None else mask
         written = self.embed(tokens)
         nothing = torch.zeros(*tokens.shape, D_MODEL, device=mask.device, dtype=DTYPE)
@@ -270,9 +270,9 @@ CIRCUIT = (
 )
 
 LOAD = '''\
-def load(path=Path(__file__).with_name("weights.safetensors")):
-    """The model with the weights stored beside this file."""
-    w = load_file(path)
+def load(path=None):
+    """The model, with the weights stored beside this file unless told otherwise."""
+    w = load_file(path or Path(__file__).with_name("weights.safetensors"))
 @   w["unembed.in.read.weight"] = w["embed.table"]  # tied to the embedding
     return Model(w).eval()
 
