@@ -190,7 +190,7 @@ def partition_facts(labels: list[int], bits: float, rng: random.Random, n_bands:
     bands = [{"src": i, "dst": j, "nats": math.exp(rng.gauss(-4, 1.5))} for i, j in dict.fromkeys(pairs)]
     bands = sorted(bands, key=lambda band: -band["nats"])[:n_bands]
     told = {key: [rng.uniform(0, 0.4) for _ in range(n)] for key in ("inside", "heard", "sent")}
-    return {"labels": labels, "bits": bits, "lost_nats": 0.01, "modularity": 0.3, "n_cut": 0.4, **told, "bands": bands}
+    return {"labels": labels, "bits": bits, "modularity": 0.3, "n_cut": 0.4, **told, "bands": bands}
 
 
 def interface_rows(partition: dict[str, Any], rng: random.Random) -> list[dict[str, Any]]:

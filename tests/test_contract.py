@@ -57,6 +57,7 @@ LAYERS = (
     "tasks",
     "sampling",
     "hypotheses",
+    "falsification",
     "coarsening",
     "storage",
     "subspaces",

@@ -237,6 +237,54 @@ def modules(
 
 
 @app.command()
+def edit(
+    model: Model,
+    data: Data = None,
+    remove: Annotated[
+        list[str] | None,
+        typer.Option(help="NODE:FILE, a direction (.npy or .safetensors) that the node is no longer to write."),
+    ] = None,
+    scale: Annotated[
+        list[str] | None, typer.Option(help="NODE=FACTOR, what a head or MLP writes times a factor.")
+    ] = None,
+    swap: Annotated[
+        tuple[str, str] | None, typer.Option(help="Two tokens, by text or id, whose embeddings change places.")
+    ] = None,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write; new or empty.")] = Path("edited"),
+    size: Annotated[float, typer.Option(help="Share of the channels' numbers in the graph that predicts.")] = 0.8,
+    form: Annotated[str, typer.Option(help="Form of that graph: low-rank or sparse.")] = "sparse",
+    context: Context = 128,
+    sequences: Sequences = 128,
+    held_out: Annotated[int, typer.Option(help="How many sequences to predict and measure on.")] = 32,
+    seed: Seed = 0,
+) -> None:
+    """Edit MODEL, save it, and compare what its compressed graph predicted with what the edit did."""
+    with _errors():
+        from unweave.capture import capture, load_model, load_tokenizer
+        from unweave.compression import compress
+        from unweave.errors import InputError
+        from unweave.falsification import predict_edit, read_edit, save_edited
+
+        tokenizer = load_tokenizer(model)
+        change = read_edit(remove or (), scale or (), swap, tokenizer)
+        original = load_model(model)
+        graph = capture(original)
+        change.apply_to_graph(graph)  # refused before anything is computed
+        if data is not None or model.startswith("zoo:"):
+            rows = _load(graph, model, data, tokenizer, context, sequences + held_out)
+            if len(rows) <= held_out:
+                raise InputError(f"{len(rows)} sequences are too few to calibrate and hold {held_out} out")
+            calibration, held = rows.split(held_out=held_out, seed=seed)
+            scope = _zoo_scope(model)
+            small = compress(graph, calibration, scope, size=size, form=form, seed=seed)
+            predicted = predict_edit(small, change, held, scope).loss_nats
+            measured = predict_edit(graph, change, held, scope).loss_nats
+            console.print(f"change in loss, nats per token: predicted {predicted:+.4f}, measured {measured:+.4f}")
+        save_edited(change, original, output, tokenizer)
+        console.print(f"wrote {escape(str(output))}")
+
+
+@app.command()
 def show(
     folder: Folder,
     edges: Annotated[int, typer.Option(help="How many of the strongest edges to list.")] = 15,
@@ -492,10 +540,11 @@ def _print_modules(results: Mapping[str, Any]) -> None:
 def _verdict(facts: Mapping[str, Any]) -> str:
     """Whether there are modules, in a sentence."""
     bits = [partition["bits"] for partition in facts["hierarchy"]]
-    n_blocks = [max(partition["labels"]) + 1 for partition in facts["hierarchy"]]
+    idle = len(facts.get("idle", ()))
+    n_blocks = [max(partition["labels"]) + (0 if idle else 1) for partition in facts["hierarchy"]]
     chosen, measured = facts["chosen"], facts["measured"]
     p = max((t["p"] for t in facts["tests"] if t["statistic"] == "saved_bits"), default=None)
-    alone = n_blocks[chosen] in (1, len(facts["hierarchy"][0]["labels"]))
+    alone = n_blocks[chosen] in (1, len(facts["hierarchy"][0]["labels"]) - idle)
     if alone:
         text = "[bold]No modules are significant[/]: no partition describes the communication in fewer bits than none"
     elif facts["significant"]:
@@ -506,7 +555,7 @@ def _verdict(facts: Mapping[str, Any]) -> str:
     if measured is not None and measured != chosen:
         more = bits[measured] - bits[chosen]
         text += f" Measured below: {n_blocks[measured]} blocks, {more:.1f} bits more than the choice; not modules."
-    return text
+    return text + (f" {idle} nodes say and hear nothing: 'idle' below." if idle else "")
 
 
 def _module_table(results: Mapping[str, Any]) -> Table:
@@ -525,10 +574,15 @@ def _module_table(results: Mapping[str, Any]) -> Table:
         row = effects.get(b)
         own = ("–", "–") if row is None else (_with_interval(row["nats"]), _percentile(row))
         text = f"{len(members)}: {_short(members[0])}" + (f" … {_short(members[-1])}" if len(members) > 1 else "")
-        table.add_row(f"module.{b}", escape(text), *told, *own)
+        table.add_row("idle" if b == _idle_block(facts) else f"module.{b}", escape(text), *told, *own)
     if len(partition["inside"]) > MODULES_PRINTED:
         table.add_row("…", f"{len(partition['inside']) - MODULES_PRINTED} more blocks", *["…"] * 5)
     return table
+
+
+def _idle_block(facts: Mapping[str, Any]) -> int:
+    """The block of the nodes that say and hear nothing, in the partition measured; -1 if there are none."""
+    return facts["hierarchy"][facts["measured"]]["labels"][facts["idle"][0]] if facts.get("idle") else -1
 
 
 def _short(node: str) -> str:
@@ -549,7 +603,9 @@ def _interface_table(facts: Mapping[str, Any]) -> Table:
     table.add_column("interface", no_wrap=True)
     for name in ("edges", "nats", "measured", "dimensions", "measured"):
         table.add_column(name, justify="right")
-    for row in facts["interfaces"][:INTERFACES_PRINTED]:
+    idle = _idle_block(facts)
+    rows = [row for row in facts["interfaces"] if idle not in (row["src"], row["dst"])]
+    for row in rows[:INTERFACES_PRINTED]:
         dimensions = ("–" if row[key] is None else str(row[key]) for key in ("dimensions", "measured_dimensions"))
         measured = "–" if row["measured"] is None else _with_interval(row["measured"])
         name = f"module.{row['src']} → module.{row['dst']}"

@@ -245,11 +245,19 @@ def _to_measure(modules: Modules, blocks: int | None) -> Partition | None:
         known = {p.n_blocks: p for p in modules.hierarchy if p.n_blocks > 1}
         if blocks not in known:
             raise InputError(f"no partition into {blocks} blocks was found; there are some into {[*known]}")
-        return known[blocks]
-    if not modules.partition.is_trivial:
-        return modules.partition
+        return _with_idle(modules, known[blocks])
+    if not modules.active_partition.is_trivial:
+        return _with_idle(modules, modules.active_partition)
     others = [p for p in modules.hierarchy if not p.is_trivial]
-    return min(others, key=lambda p: modules.criterion.describe(p).bits, default=None)
+    best = min(others, key=lambda p: modules.criterion.describe(p).bits, default=None)
+    return None if best is None else _with_idle(modules, best)
+
+
+def _with_idle(modules: Modules, partition: Partition) -> Partition:
+    """A partition of the hierarchy over all nodes, the idle ones together in one more block."""
+    idle = [modules.idle] if modules.idle else []
+    labels = {node: k for k, nodes in enumerate([*partition.blocks.values(), *idle]) for node in nodes}
+    return Partition(modules.communication.nodes, tuple(labels[node] for node in modules.communication.nodes))
 
 
 # ---- measuring ------------------------------------------------------------------------------------------------
@@ -332,9 +340,7 @@ def _effects(
     options: Mapping[str, Any],
 ) -> ModuleEffects | None:
     """The modules with most to say ablated alone, and fewer of them in pairs; those of several nodes first."""
-    told = dict(
-        zip(modules.communication.nodes, modules.communication.symmetric().sum(1), strict=True)
-    )
+    told = dict(zip(modules.communication.nodes, modules.communication.symmetric().sum(1), strict=True))
     able = {b: nodes for b, nodes in blocks_of(graph).items() if set(nodes) <= set(graph.writers)}
     order = sorted(able, key=lambda b: (len(able[b]) == 1, -float(sum(told[n] for n in able[b]))))
     if not order:
@@ -380,14 +386,16 @@ def _report(
 
 
 def _module_facts(found: Modularised, data: TokenData, tokenizer: Any) -> dict[str, Any]:
-    modules, partitions = found.modules, list(found.modules.hierarchy)
+    modules = found.modules
+    partitions = [_with_idle(modules, p) for p in modules.hierarchy]
     rows = zip(partitions, modules.curve(), strict=True)
     busiest = [[row["node"], row["traffic"], row["betweenness"]] for row in found.traffic.table(5)]
     return {
         "significant": modules.significant() if modules.tests else None,
         "level": modules.level,
         "tokens": modules.criterion.tokens,
-        "chosen": next(k for k, p in enumerate(partitions) if p == modules.partition),
+        "chosen": modules.hierarchy.index(modules.active_partition),
+        "idle": [modules.communication.nodes.index(node) for node in modules.idle],
         "measured": None if found.partition is None else partitions.index(found.partition),
         "hierarchy": [_partition_facts(p, row, modules) for p, row in rows],
         "tests": [dataclasses.asdict(test) for test in modules.tests],
@@ -406,7 +414,6 @@ def _partition_facts(partition: Partition, row: Mapping[str, Any], modules: Modu
     return {
         "labels": list(partition.labels),
         "bits": row["bits"],
-        "lost_nats": row["lost_nats"],
         "modularity": row["modularity"],
         "n_cut": row["n_cut"],
         "inside": nats.diagonal().tolist(),

@@ -197,7 +197,6 @@ class PartitionFacts(TypedDict):
 
     labels: list[int]
     bits: Number
-    lost_nats: Number
     modularity: Number
     n_cut: Number
     inside: list[Number]
@@ -284,6 +283,7 @@ class ModulesFacts(TypedDict):
     """The search for modules. ``chosen`` and ``measured`` are places in ``hierarchy``, by number of blocks.
 
     ``interfaces`` and ``effects`` belong to the partition measured. ``significant`` is None if no null was drawn.
+    ``idle`` nodes, by place, say and hear nothing; together they are a block of every partition, which is not counted as one.
     """
 
     significant: bool | None
@@ -296,6 +296,7 @@ class ModulesFacts(TypedDict):
     interfaces: list[InterfaceRow]
     effects: list[ModuleEffectRow]
     traffic: NotRequired[TrafficFacts]
+    idle: NotRequired[list[int]]
 
 
 class ReportData(TypedDict):

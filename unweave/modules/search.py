@@ -96,6 +96,12 @@ class Modules:
         return self.partition.restricted(self.criterion.communication.nodes)
 
     @property
+    def idle(self) -> tuple[str, ...]:
+        """The nodes that no edge worth its bits joins to another."""
+        active = set(self.criterion.communication.nodes)
+        return tuple(node for node in self.communication.nodes if node not in active)
+
+    @property
     def modularity(self) -> float:
         """Q of the chosen partition, on relative nats."""
         return self.active_partition.modularity(self.criterion.communication.symmetric())

@@ -11,7 +11,7 @@ export function blocksOf(partition, kind) {
   partition.labels.forEach((label, i) => { (blocks[label] ??= { members: [], depth: 0 }).members.push(i); });
   blocks.forEach((block, b) => {
     block.depth = block.members.reduce((sum, i) => sum + data.nodes[i].layer, 0) / block.members.length;
-    block.name = block.members.length === 1 ? short(data.nodes[block.members[0]].name) : `${kind} ${b}`;
+    block.name = block.members.length === 1 ? short(data.nodes[block.members[0]].name) : data.modules.idle?.length && b === partition.labels[data.modules.idle[0]] ? "idle" : `${kind} ${b}`;
     block.text = contents(block);
   });
   return blocks;

@@ -14,14 +14,16 @@ const partitionAt = (k) => facts.hierarchy[k];
 const kindOf = (place) => (facts.significant && place === facts.chosen ? "module" : "block");
 const isMeasured = () => state.place === facts.measured;
 const plural = (n, one) => `${count(n)} ${one}${n === 1 ? "" : "s"}`;
-const nBlocks = (partition) => partition.labels.reduce((most, label) => Math.max(most, label), -1) + 1;
+const idle = facts?.idle?.length ?? 0;
+// idle nodes are a block that does not count
+const nBlocks = (partition) => partition.labels.reduce((most, label) => Math.max(most, label), -1) + (idle ? 0 : 1);
 const saying = (test) => test.statistic === "saved_bits";
 const withInterval = (x) => (known(x?.value) ? `${num(x.value)} (${num(x.low)} to ${num(x.high)})` : "n/a");
 const interfaceOf = new Map((facts?.interfaces ?? []).map((row) => [`${row.src} ${row.dst}`, row]));
 
 // ---- in words ----
 export function verdict() {
-  const chosen = partitionAt(facts.chosen), n = nBlocks(chosen), trivial = n === 1 || n === chosen.labels.length;
+  const chosen = partitionAt(facts.chosen), n = nBlocks(chosen), trivial = n === 1 || n === chosen.labels.length - idle;
   const p = facts.tests.filter(saying).reduce((most, test) => Math.max(most, test.p ?? 0), 0);
   const tested = facts.tests.some(saying) ? ` (p = ${num(p, 2)})` : "; nothing was held against a null";
   const saved = num(partitionAt(0).bits - chosen.bits);
@@ -33,8 +35,8 @@ export function verdict() {
 function caption(partition) {
   const n = nBlocks(partition), more = partition.bits - partitionAt(facts.chosen).bits;
   const against = state.place === facts.chosen ? "the one chosen" : Math.abs(more) < 0.05 ? "as many as the one chosen" : `${num(Math.abs(more))} ${more > 0 ? "more" : "fewer"} than the one chosen`;
-  const shown = n === 1 ? "1 block: nothing is grouped apart, every node is in it" : n === partition.labels.length ? `${count(n)} blocks: every node on its own` : `${count(n)} blocks`;
-  return `${shown} · ${num(partition.bits, 4)} bits, ${against}`;
+  const shown = n === 1 ? "1 block: nothing is grouped apart, every node is in it" : n === partition.labels.length - idle ? `${count(n)} blocks: every node on its own` : `${count(n)} blocks`;
+  return `${shown}${idle ? `, and ${plural(idle, "node")} idle` : ""} · ${num(partition.bits, 4)} bits, ${against}`;
 }
 
 // ---- the curve of bits ----

@@ -1,0 +1,36 @@
+"""Falsification: what an explanation forbids, put to the test on the model itself."""
+
+from unweave.falsification.editing import read_edit, save_edited
+from unweave.falsification.edits import (
+    Edit,
+    RankOneWrite,
+    RemoveDirection,
+    ScaleHead,
+    Several,
+    Steer,
+    SwapTokens,
+    random_edits,
+)
+from unweave.falsification.predictions import EditEffect, EditTable, PredictionRow, edit_prediction, predict_edit
+from unweave.falsification.rebuilding import DiscardCost, discard_cost, rebuild
+
+__all__ = [
+    "DiscardCost",
+    "Edit",
+    "EditEffect",
+    "EditTable",
+    "PredictionRow",
+    "RankOneWrite",
+    "RemoveDirection",
+    "ScaleHead",
+    "Several",
+    "Steer",
+    "SwapTokens",
+    "discard_cost",
+    "edit_prediction",
+    "predict_edit",
+    "random_edits",
+    "read_edit",
+    "rebuild",
+    "save_edited",
+]
