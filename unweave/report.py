@@ -283,7 +283,7 @@ class ModulesFacts(TypedDict):
     """The search for modules. ``chosen`` and ``measured`` are places in ``hierarchy``, by number of blocks.
 
     ``interfaces`` and ``effects`` belong to the partition measured. ``significant`` is None if no null was drawn.
-    ``idle`` nodes, by place, say and hear nothing; together they are a block of every partition, which is not counted as one.
+    ``idle`` nodes, by place, say and hear nothing; together they are one more block of every partition, not counted.
     """
 
     significant: bool | None
