@@ -56,6 +56,7 @@ LAYERS = (
     "modules",
     "tasks",
     "hypotheses",
+    "falsification",
     "coarsening",
     "storage",
     "subspaces",
