@@ -2,5 +2,4 @@
 
 from unweave.falsification.scrubbing import Hypothesis, Scrubbed, scrub
 
-
 __all__ = ["Hypothesis", "Scrubbed", "scrub"]

@@ -35,7 +35,9 @@ def group_by_key(name: str, key: Key, batch: Batch) -> Int[np.ndarray, " batch"]
     for part in parts:
         if not isinstance(part, Tensor) or tuple(part.shape) not in (shape, shape[:1]):
             got = tuple(part.shape) if isinstance(part, Tensor) else type(part).__name__
-            raise ShapeError(f"the key of {name} must be a tensor {shape[:1]} or {shape}, or a tuple of those, got {got}")
+            raise ShapeError(
+                f"the key of {name} must be a tensor {shape[:1]} or {shape}, or a tuple of those, got {got}"
+            )
     wide = any(part.ndim == 2 for part in parts)
     group = np.zeros(shape if wide else shape[:1], dtype=np.int64)
     for part in parts:

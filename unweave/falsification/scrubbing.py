@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -20,14 +20,14 @@ from unweave.data import Batch, TokenData
 from unweave.errors import EmptyDataError, InputError, UnknownNameError
 from unweave.evaluation import Estimate
 from unweave.execution import check_inputs, trace
-from unweave.falsification.resampling import Key, Partners, gather
+from unweave.falsification.resampling import Partners, gather
 from unweave.graph import Edge, Graph
 from unweave.progress import track
 from unweave.scope import Scope, divergence, loss, position_mask
 
-__all__ = ["Child", "Form", "Hypothesis", "Scrubbed", "Scrubbing", "scrub", "scrubbed_logits"]
+__all__ = ["Child", "Hypothesis", "Scrubbed", "Scrubbing", "scrub", "scrubbed_logits"]
 
-Form = Literal["tree", "dag"]
+FORMS = ("tree", "dag")
 # a tree has one node per path: beyond this many, only the other form is practical
 MOST_PATHS = 2000
 
@@ -48,7 +48,7 @@ class Hypothesis:
         InputError: a key that is not a function.
     """
 
-    keys: Mapping[str, Key | None]
+    keys: Mapping[str, Any]
     description: str = ""
 
     def __post_init__(self) -> None:
@@ -74,7 +74,7 @@ class Scrubbing:
 
     graph: Graph
     hypothesis: Hypothesis
-    form: Form
+    form: str
 
     def __post_init__(self) -> None:
         keys = self.hypothesis.keys
@@ -213,7 +213,7 @@ class Scrubbed:
     nats: Estimate
     random_nats: Estimate
     alone: Mapping[str, float]
-    form: Form
+    form: str
     n_samples: int
     n_sequences: int
     n_tokens: int
@@ -233,7 +233,7 @@ class Scrubbed:
 
 
 def scrubbed_logits(
-    graph: Graph, batch: Batch, hypothesis: Hypothesis, *, form: Form = "tree", seed: tuple[int, ...] = (0,)
+    graph: Graph, batch: Batch, hypothesis: Hypothesis, *, form: str = "tree", seed: tuple[int, ...] = (0,)
 ) -> Float[Tensor, "batch pos d_out"]:
     """The logits of one resampling of one batch.
 
@@ -249,11 +249,13 @@ def scrubbed_logits(
     return _Sample(_scrubbing(graph, hypothesis, form), batch, Partners(batch, seed)).logits
 
 
-def _scrubbing(graph: Graph, hypothesis: Hypothesis, form: Form) -> Scrubbing:
-    if form not in get_args(Form):
-        raise InputError(f"unknown form {form!r}; choose one of {', '.join(get_args(Form))}")
+def _scrubbing(graph: Graph, hypothesis: Hypothesis, form: str) -> Scrubbing:
+    if form not in FORMS:
+        raise InputError(f"unknown form {form!r}; choose one of {', '.join(FORMS)}")
     if graph.resample:
-        raise InputError("this graph's cut edges hear another input; scrub the uncut graph, or one cut to means or zero")
+        raise InputError(
+            "this graph's cut edges hear another input; scrub the uncut graph, or one cut to means or zero"
+        )
     return Scrubbing(graph, hypothesis, form)
 
 
@@ -264,7 +266,7 @@ def scrub(
     hypothesis: Hypothesis,
     scope: Scope | None = None,
     *,
-    form: Form = "tree",
+    form: str = "tree",
     samples: int = 1,
     batch_size: int = 256,
     seed: int = 0,
@@ -361,7 +363,7 @@ def _sums(sample: _Sample, scope: Scope, batch: Batch) -> Float[np.ndarray, "bat
     return torch.stack([column.double() for column in (mask.sum(1), *nats, *told)], 1).cpu().numpy()
 
 
-def _summary(sums: np.ndarray, alone: Mapping[str, float], form: Form, samples: int, seed: int) -> Scrubbed:
+def _summary(sums: np.ndarray, alone: Mapping[str, float], form: str, samples: int, seed: int) -> Scrubbed:
     names = ("tokens", "nats", "random_nats", "told", "loss", "random", "original")
     columns = dict(zip(names, sums.T, strict=True))
     if columns["tokens"].sum() == 0:
@@ -376,7 +378,9 @@ def _summary(sums: np.ndarray, alone: Mapping[str, float], form: Form, samples: 
             lambda loss, random, original: (loss - random) / (original - random),
             seed,
         ),
-        _estimate({"top": columns["nats"], "bottom": columns["random_nats"]}, lambda top, bottom: 1 - top / bottom, seed),
+        _estimate(
+            {"top": columns["nats"], "bottom": columns["random_nats"]}, lambda top, bottom: 1 - top / bottom, seed
+        ),
         *(ratio(name, "told") for name in ("loss", "original", "random")),
         *(ratio(name, "tokens") for name in ("nats", "random_nats")),
         alone,
