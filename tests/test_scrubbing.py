@@ -231,13 +231,13 @@ def answer(batch):
     return torch.where(after > 0, x.gather(1, after), -1)
 
 
-def induction_hypothesis(previous=token(-1), copies=answer, early=PREVIOUS, late=INDUCTION):
+def induction_hypothesis(offset=-1, copies=answer, early=PREVIOUS, late=INDUCTION):
     """An early head says which token came before; a late one finds its token there and copies what stands there."""
     return Hypothesis(
         {
             "pos_embed": None,
             f"embed->{early}.v": token(0),
-            f"{early}->{late}.k": previous,
+            f"{early}->{late}.k": token(offset),
             f"embed->{late}.q": token(0),
             f"embed->{late}.v": token(0),
             late: copies,
@@ -253,9 +253,9 @@ def test_the_known_mechanism_of_induction_recovers_all_and_its_rivals_do_not(ind
     assert true.recovered.value > 0.99
     assert max(true.alone.values()) < 0.1
     rivals = {
-        "the next token": induction_hypothesis(token(1)),
-        "two back": induction_hypothesis(token(-2)),
-        "its own token": induction_hypothesis(token(0)),
+        "the next token": induction_hypothesis(1),
+        "two back": induction_hypothesis(-2),
+        "its own token": induction_hypothesis(0),
         "another early head": induction_hypothesis(early="blocks.0.attn.head.1"),
         "another late head": induction_hypothesis(late="blocks.1.attn.head.0"),
         "copies the current token": induction_hypothesis(copies=token(0)),

@@ -42,7 +42,8 @@ def group_by_key(name: str, key: Key, batch: Batch) -> Int[np.ndarray, " batch"]
     group = np.zeros(shape if wide else shape[:1], dtype=np.int64)
     for part in parts:
         values = part[:, None].expand(shape) if wide and part.ndim == 1 else part
-        _, number = np.unique(values.cpu().numpy(), return_inverse=True)
+        plain = values.double() if values.is_floating_point() else values  # numpy has no bfloat16
+        _, number = np.unique(plain.cpu().numpy(), return_inverse=True)
         # numbered again at every part, so that they stay small
         joined = group * (int(number.max(initial=0)) + 1) + number.reshape(group.shape)
         group = np.unique(joined, return_inverse=True)[1].reshape(group.shape)

@@ -99,7 +99,8 @@ class Scrubbing:
     @cached_property
     def children(self) -> Mapping[str, tuple[Child, ...]]:
         """Of every node, the edges into it that matter."""
-        keys, out = self.hypothesis.keys, {}
+        keys = self.hypothesis.keys
+        out: dict[str, list[Child]] = {}
         for edge in self.graph.edges:
             subject = next((name for name in (str(edge), edge.src) if name in keys), None)
             if subject is not None:
@@ -253,9 +254,7 @@ def _scrubbing(graph: Graph, hypothesis: Hypothesis, form: str) -> Scrubbing:
     if form not in FORMS:
         raise InputError(f"unknown form {form!r}; choose one of {', '.join(FORMS)}")
     if graph.resample:
-        raise InputError(
-            "this graph's cut edges hear another input; scrub the uncut graph, or one cut to means or zero"
-        )
+        raise InputError("this graph's cut edges hear another input; scrub an uncut graph, or one cut to means or zero")
     return Scrubbing(graph, hypothesis, form)
 
 
@@ -288,8 +287,8 @@ def scrub(
         data: partners are drawn within batches of it. With keys per position, partners have a real token there; with
             keys per sequence, and for what does not matter, they are at least as long.
         scope: which positions count.
-        form: "tree": every path to the output (ports apart) draws partners of its own; "dag": every node, or edge with a
-            key of its own, draws once for all who hear it, and what does not matter comes from one other input.
+        form: "tree": every path to the output (ports apart) draws partners of its own; "dag": every node, or edge with
+            a key of its own, draws once for all who hear it, and what does not matter comes from one other input.
         samples: how often to resample everything.
         batch_size: more gives more partners, and takes more memory.
 
@@ -310,8 +309,8 @@ def scrub(
     Exact?
         For these draws. Partners are uniform over the others of the batch that agree, never the sequence itself unless
         it is alone (counted in ``alone``; the paper's draws may return the same input). On one path, two positions
-        that got the same partner share what is drawn for it further up. Heads whose layer passes another norm (Gemma) write
-        with the scale that the rest of the layer has unscrubbed.
+        that got the same partner share what is drawn for it further up. Heads whose layer passes another norm
+        (Gemma) write with the scale that the rest of the layer has unscrubbed.
 
     Example:
         >>> import unweave
@@ -369,25 +368,28 @@ def _summary(sums: np.ndarray, alone: Mapping[str, float], form: str, samples: i
     if columns["tokens"].sum() == 0:
         raise EmptyDataError("the scope selects no position of this data set")
 
-    def ratio(top: str, bottom: str) -> Estimate:
-        return _estimate({"top": columns[top], "bottom": columns[bottom]}, lambda top, bottom: top / bottom, seed)
+    def estimate(function: Any, **chosen: str) -> Estimate:
+        return _estimate({name: columns[column] for name, column in chosen.items()}, function, seed)
+
+    def share(loss: float, random: float, original: float) -> float:
+        return (loss - random) / (original - random)
+
+    def ratio(top: float, bottom: float) -> float:
+        return top / bottom
 
     return Scrubbed(
-        _estimate(
-            {name: columns[name] for name in ("loss", "random", "original")},
-            lambda loss, random, original: (loss - random) / (original - random),
-            seed,
-        ),
-        _estimate(
-            {"top": columns["nats"], "bottom": columns["random_nats"]}, lambda top, bottom: 1 - top / bottom, seed
-        ),
-        *(ratio(name, "told") for name in ("loss", "original", "random")),
-        *(ratio(name, "tokens") for name in ("nats", "random_nats")),
-        alone,
-        form,
-        samples,
-        len(sums),
-        int(columns["tokens"].sum()),
+        loss_recovered=estimate(share, loss="loss", random="random", original="original"),
+        recovered=estimate(lambda top, bottom: 1 - top / bottom, top="nats", bottom="random_nats"),
+        loss_nats=estimate(ratio, top="loss", bottom="told"),
+        original_loss_nats=estimate(ratio, top="original", bottom="told"),
+        random_loss_nats=estimate(ratio, top="random", bottom="told"),
+        nats=estimate(ratio, top="nats", bottom="tokens"),
+        random_nats=estimate(ratio, top="random_nats", bottom="tokens"),
+        alone=alone,
+        form=form,
+        n_samples=samples,
+        n_sequences=len(sums),
+        n_tokens=int(columns["tokens"].sum()),
     )
 
 
