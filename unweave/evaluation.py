@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 import heapq
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
-from unweave.ablation import Means, batch_trace
+from unweave.ablation import Means, batch_trace, counterfactual_trace
 from unweave.data import Batch, TokenData
 from unweave.errors import EmptyDataError
 from unweave.graph import CHANNEL_KINDS, Graph
 from unweave.progress import track
-from unweave.scope import Scope, agreement, divergence, loss, position_mask
+from unweave.scope import Scope, divergence, loss, position_mask
 
-__all__ = ["Estimate", "Faithfulness", "evaluate", "mean_ablated"]
+__all__ = ["ALL", "FLOOR", "Estimate", "Faithfulness", "evaluate", "evaluate_parts", "mean_ablated"]
+
+# the part that is every position of the scope, and the graph that recovers none of the loss
+ALL = "all"
+FLOOR = "every channel at its mean"
 
 # per-token divergences are counted in bins of equal width on a log scale: quantiles good to 1%, memory flat
 BINS = np.logspace(-9, 3, 2401)
@@ -67,8 +72,12 @@ class _Tally:
     top: float = 0.0
     worst: list[tuple[float, int, int, tuple[int, ...], int, int]] = field(default_factory=list)
 
+    @property
+    def n_tokens(self) -> int:
+        """How many positions were counted."""
+        return int(self.counts.sum())
 
-@torch.no_grad()
+
 def evaluate(
     graphs: Mapping[str, Graph],
     original: Graph,
@@ -100,22 +109,67 @@ def evaluate(
     Exact?
         Means are; the 99% and 99.9% quantiles are read off a histogram whose bins are 1.2% wide.
     """
+    options: dict[str, Any] = {"batch_size": batch_size, "n_worst": n_worst, "seed": seed, "progress": progress}
+    return evaluate_parts(graphs, original, data, scope, {}, means=means, **options)[ALL]
+
+
+@torch.no_grad()
+def evaluate_parts(
+    graphs: Mapping[str, Graph],
+    original: Graph,
+    data: TokenData,
+    scope: Scope | None,
+    parts: Mapping[str, Callable[[Batch], Tensor]],
+    *,
+    means: Means | None = None,
+    batch_size: int = 16,
+    n_worst: int = 20,
+    seed: int = 0,
+    progress: bool | None = None,
+) -> dict[str, dict[str, Faithfulness]]:
+    """:func:`evaluate` on all positions of the scope and on parts of them, in the same pass.
+
+    Args:
+        parts: by name, a function of a batch that marks positions ``[batch pos]``.
+
+    Returns:
+        name of the part -> name of the graph -> :class:`Faithfulness`; "all" first, parts without a position left out.
+
+    Raises:
+        EmptyDataError: no position is left in the scope.
+    """
     scope = scope or Scope()
     every = {"original": original, **graphs}
     if means is not None:
-        every["every channel at its mean"] = mean_ablated(original, means)
-    tallies = {name: _Tally() for name in every}
+        every[FLOOR] = mean_ablated(original, means)
+    resampled = any(graph.resample for graph in every.values())
+    tallies = {part: {name: _Tally() for name in every} for part in (ALL, *parts)}
     total = -(-len(data) // batch_size)
     for batch in track(data.batches(batch_size), "comparing with the model", total, show=progress):
         reference = batch_trace(original, batch).output
+        other = counterfactual_trace(original, batch) if resampled else None
+        inside = position_mask(scope, batch)
+        masks = {ALL: inside} | {name: inside & part(batch).to(inside.device) for name, part in parts.items()}
         for name, graph in every.items():
-            logits = reference if name == "original" else batch_trace(graph, batch).output
-            _count(tallies[name], scope, batch, reference, logits, n_worst)
-    sums = {name: np.concatenate(t.per_sequence) for name, t in tallies.items()}
-    if sums["original"][:, 1].sum() == 0:
+            logits = reference if name == "original" else batch_trace(graph, batch, other=other).output
+            tokens = _compare(scope, batch, reference, logits)
+            for part, mask in masks.items():
+                _count(tallies[part][name], batch, tokens, mask.to(logits.device), n_worst)
+    found = {part: _summaries(rows, seed) for part, rows in tallies.items() if rows["original"].n_tokens > 0}
+    if ALL not in found:
         raise EmptyDataError("the scope selects no position of the held-out data")
-    floor = sums.get("every channel at its mean")
-    return {name: _summary(sums[name], sums["original"], floor, t, seed) for name, t in tallies.items()}
+    return found
+
+
+def _summaries(tallies: Mapping[str, _Tally], seed: int) -> dict[str, Faithfulness]:
+    totals = {name: _resampled(np.concatenate(t.per_sequence), seed) for name, t in tallies.items()}
+    return {name: _summary(totals[name], totals["original"], totals.get(FLOOR), t) for name, t in tallies.items()}
+
+
+def _resampled(table: np.ndarray, seed: int) -> Float[np.ndarray, "draws columns"]:
+    """Column sums over all sequences, then over 500 bootstrap draws of them: the same ones for every graph."""
+    rng, n = np.random.default_rng(seed), len(table)
+    return np.stack([table.sum(0), *(table[rng.integers(0, n, n)].sum(0) for _ in range(500))])
 
 
 def mean_ablated(graph: Graph, means: Means) -> Graph:
@@ -125,33 +179,47 @@ def mean_ablated(graph: Graph, means: Means) -> Graph:
     return graph.restrict(keep, means=means)
 
 
-def _count(t: _Tally, scope: Scope, batch: Batch, reference: Tensor, logits: Tensor, n_worst: int) -> None:
-    mask = position_mask(scope, batch).to(logits.device)
+class _Tokens(NamedTuple):
+    """One graph on one batch, by position: divergence, next-token loss and where there is one, both outputs' firsts."""
+
+    kl: Tensor
+    cross: Tensor
+    real: Tensor
+    expected: Tensor
+    said: Tensor
+
+
+def _compare(scope: Scope, batch: Batch, reference: Tensor, logits: Tensor) -> _Tokens:
     kl = divergence(scope, reference, logits, batch)
-    same = agreement(reference, logits) & mask
     # reals, or tokens that are no outputs: the network does not say what comes next
     if batch.inputs.is_floating_point() or int(batch.inputs.max()) >= logits.shape[-1]:
-        cross, real = torch.full_like(kl, torch.nan), mask
+        cross, real = torch.full_like(kl, torch.nan), torch.ones_like(kl, dtype=torch.bool)
     else:
         cross, real = loss(logits, batch)
-        real = real & mask
-        cross = torch.where(real, cross, 0.0)
-    columns = [kl.sum(1), mask.sum(1), same.sum(1), cross.sum(1), real.sum(1)]
+    return _Tokens(kl, cross, real, reference.argmax(-1), logits.argmax(-1))
+
+
+def _count(t: _Tally, batch: Batch, tokens: _Tokens, mask: Tensor, n_worst: int) -> None:
+    kl = torch.where(mask, tokens.kl, 0.0)
+    same = (tokens.expected == tokens.said) & mask
+    real = tokens.real & mask
+    columns = [kl.sum(1), mask.sum(1), same.sum(1), torch.where(real, tokens.cross, 0.0).sum(1), real.sum(1)]
     t.per_sequence.append(torch.stack([c.double() for c in columns], 1).cpu().numpy())
     values = kl[mask].cpu().numpy()
     t.counts += np.bincount(np.searchsorted(BINS, values), minlength=len(BINS) + 1)
     t.top = max(t.top, float(values.max(initial=0.0)))
-    _keep_worst(t, batch, kl, reference, logits, n_worst)
+    _keep_worst(t, batch, tokens, torch.where(mask, tokens.kl, -1.0), n_worst)
 
 
-def _keep_worst(t: _Tally, batch: Batch, kl: Tensor, reference: Tensor, logits: Tensor, n: int) -> None:
+def _keep_worst(t: _Tally, batch: Batch, tokens: _Tokens, kl: Tensor, n: int) -> None:
+    """Keep the n worst tokens; ``kl`` is negative where a token does not count."""
     if batch.inputs.is_floating_point() or n == 0:
         return
-    top = kl.flatten().topk(min(n, kl.numel()))
+    top = kl.flatten().topk(min(n, int((kl >= 0).sum())))
     for value, place in zip(top.values.tolist(), top.indices.tolist(), strict=True):
         row, pos = divmod(place, kl.shape[1])
         context = tuple(batch.inputs[row, max(0, pos - 24) : pos + 1].tolist())
-        guesses = int(reference[row, pos].argmax()), int(logits[row, pos].argmax())
+        guesses = int(tokens.expected[row, pos]), int(tokens.said[row, pos])
         item = (value, int(batch.index[row]), pos, context, *guesses)
         if len(t.worst) < n:
             heapq.heappush(t.worst, item)
@@ -159,41 +227,32 @@ def _keep_worst(t: _Tally, batch: Batch, kl: Tensor, reference: Tensor, logits: 
             heapq.heappushpop(t.worst, item)
 
 
-def _summary(sums: np.ndarray, best: np.ndarray, floor: np.ndarray | None, t: _Tally, seed: int) -> Faithfulness:
-    rng = np.random.default_rng(seed)
-    draws = [rng.integers(0, len(sums), len(sums)) for _ in range(500)]
+def _summary(sums: np.ndarray, best: np.ndarray, floor: np.ndarray | None, t: _Tally) -> Faithfulness:
+    def ratio(top: int, bottom: int, table: np.ndarray = sums) -> np.ndarray:
+        return np.asarray(table[:, top] / np.maximum(table[:, bottom], 1e-12))
 
-    def ratio(top: int, bottom: int, table: np.ndarray, rows: Any = slice(None)) -> float:
-        return float(table[rows, top].sum() / max(table[rows, bottom].sum(), 1e-12))
-
-    def estimate(top: int, bottom: int) -> Estimate:
-        values = [ratio(top, bottom, sums, rows) for rows in draws]
-        return Estimate(ratio(top, bottom, sums), *_interval(values))
-
-    def recovered(rows: Any = slice(None)) -> float:
-        assert floor is not None
-        worst, perfect = ratio(3, 4, floor, rows), ratio(3, 4, best, rows)
-        return (worst - ratio(3, 4, sums, rows)) / (worst - perfect) if worst > perfect else float("nan")
-
-    recovery = Estimate(float("nan"), float("nan"), float("nan"))
+    recovered = np.full(len(sums), np.nan)
     if floor is not None:
-        recovery = Estimate(recovered(), *_interval([recovered(rows) for rows in draws]))
+        worst, perfect = ratio(3, 4, floor), ratio(3, 4, best)
+        np.divide(worst - ratio(3, 4), worst - perfect, out=recovered, where=worst > perfect)
     return Faithfulness(
-        estimate(0, 1),
-        estimate(3, 4),
-        estimate(2, 1),
-        recovery,
+        _estimate(ratio(0, 1)),
+        _estimate(ratio(3, 4)),
+        _estimate(ratio(2, 1)),
+        _estimate(recovered),
         _quantile(t, 0.99),
         _quantile(t, 0.999),
         t.top,
         tuple(sorted(t.worst, reverse=True)),
-        len(sums),
-        int(sums[:, 1].sum()),
+        sum(len(rows) for rows in t.per_sequence),
+        t.n_tokens,
     )
 
 
-def _interval(values: list[float]) -> tuple[float, float]:
-    return float(np.quantile(values, 0.025)), float(np.quantile(values, 0.975))
+def _estimate(values: Float[np.ndarray, " draws"]) -> Estimate:
+    """The first value, with the interval of the others."""
+    low, high = np.quantile(values[1:], [0.025, 0.975])
+    return Estimate(float(values[0]), float(low), float(high))
 
 
 def _quantile(t: _Tally, q: float) -> float:

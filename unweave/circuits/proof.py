@@ -19,7 +19,7 @@ from unweave.evaluation import Estimate
 from unweave.graph import Graph
 from unweave.scoring import EdgeScores, measure_edges
 
-__all__ = ["Proof", "prove"]
+__all__ = ["Proof", "prove", "random_edges"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -133,7 +133,7 @@ def prove(
 
     graphs = {"circuit": circuit.graph, "empty": cut(torch.zeros_like(circuit.kept))}
     for i in range(n_random):
-        graphs[f"random {i}"] = cut(_random_edges(whole, circuit.n_edges, generator))
+        graphs[f"random {i}"] = cut(random_edges(whole, circuit.n_edges, generator))
     for i in range(n_subsets):
         gone = circuit.kept & (torch.rand(circuit.kept.shape, generator=generator) < (i + 0.5) / n_subsets)
         graphs[f"circuit without {i}"] = circuit.instead.cut(circuit.graph, circuit.kept & ~gone)
@@ -173,7 +173,8 @@ def _ratio(top: float, bottom: float) -> float:
     return top / max(bottom, 1e-12)
 
 
-def _random_edges(graph: Graph, n: int, generator: torch.Generator) -> Bool[Tensor, "ports writers"]:
+def random_edges(graph: Graph, n: int, generator: torch.Generator) -> Bool[Tensor, "ports writers"]:
+    """n edges of a graph, drawn at random."""
     places = graph.edge_matrix.nonzero()
     chosen = places[torch.randperm(len(places), generator=generator)[:n]]
     keep = torch.zeros_like(graph.edge_matrix)

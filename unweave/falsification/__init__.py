@@ -13,19 +13,24 @@ from unweave.falsification.edits import (
 )
 from unweave.falsification.predictions import EditEffect, EditTable, PredictionRow, edit_prediction, predict_edit
 from unweave.falsification.rebuilding import DiscardCost, discard_cost, rebuild
+from unweave.falsification.scrubbing import Hypothesis, Scrubbed, scrub
+from unweave.falsification.validation import Validation, validate
 
 __all__ = [
     "DiscardCost",
     "Edit",
     "EditEffect",
     "EditTable",
+    "Hypothesis",
     "PredictionRow",
     "RankOneWrite",
     "RemoveDirection",
     "ScaleHead",
+    "Scrubbed",
     "Several",
     "Steer",
     "SwapTokens",
+    "Validation",
     "discard_cost",
     "edit_prediction",
     "predict_edit",
@@ -33,4 +38,6 @@ __all__ = [
     "read_edit",
     "rebuild",
     "save_edited",
+    "scrub",
+    "validate",
 ]
