@@ -11,6 +11,7 @@ from unweave.errors import UnknownNameError
 from unweave.files import read_json
 from unweave.zoo import induction, modular_addition, retina, shared_step, shared_step_regularised, two_tasks
 from unweave.zoo.mlp import MODEL_TYPE, MlpConfig, load_mlp, make_mlp, save_mlp
+from unweave.zoo.secrets import SECRETS, SecretRoom
 from unweave.zoo.toy import ToyConfig, ToyTransformer
 
 __all__ = [
@@ -31,18 +32,19 @@ __all__ = [
 # what the "model_type" of a saved model's config may be
 MODEL_TYPES = ("unweave-toy", MODEL_TYPE)
 
-ROOMS: dict[str, ModuleType] = {
+ROOMS: dict[str, ModuleType | SecretRoom] = {
     "induction": induction,
     "modular_addition": modular_addition,
     "retina": retina,
     "shared_step": shared_step,
     "shared_step_regularised": shared_step_regularised,
     "two_tasks": two_tasks,
+    **SECRETS,
 }
 
 
-def room(name: str) -> ModuleType:
-    """The module of a room.
+def room(name: str) -> ModuleType | SecretRoom:
+    """The module of a room, or what stands for it.
 
     Raises:
         UnknownNameError: there is no such room.
