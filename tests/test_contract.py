@@ -56,6 +56,7 @@ LAYERS = (
     "modules",
     "tasks",
     "hypotheses",
+    "audit",
     "coarsening",
     "storage",
     "subspaces",

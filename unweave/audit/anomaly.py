@@ -150,4 +150,4 @@ class AnomalyScore:
         nats = divergence(self.scope, reference, logits, batch).double().cpu()
         marked = position_mask(self.scope, batch).cpu()
         # what cannot be computed must not pass as clean
-        return nats.nan_to_num(nan=math.inf).masked_fill(~marked, -math.inf).amax(1)
+        return nats.masked_fill(nats.isnan(), math.inf).masked_fill(~marked, -math.inf).amax(1)

@@ -74,7 +74,9 @@ class ActivationDistance:
         sums = accumulate(data, step, batch_size=batch_size, progress=False)
         n = sums["tokens"]
         means = {place: sums[f"sum {place}"] / n for place in places}
-        precisions = {place: _precision(sums[f"square {place}"] / n - means[place].outer(means[place])) for place in places}
+        precisions = {
+            place: _precision(sums[f"square {place}"] / n - means[place].outer(means[place])) for place in places
+        }
         return cls(graph, scope, means, precisions)
 
     @torch.no_grad()

@@ -55,12 +55,12 @@ class Cluster(NamedTuple):
     """Tokens at which the outputs differ alike.
 
     Attributes:
-        nats: the sum over its tokens.
+        mean_nats: over its tokens.
         raised, lowered: (output, mean difference): what the model says more, or less, than the graph.
         shared: (places back, token, share): what most often stands there in the contexts; 0 back is the token itself.
     """
 
-    nats: float
+    mean_nats: float
     n_tokens: int
     raised: tuple[tuple[int, float], ...]
     lowered: tuple[tuple[int, float], ...]
@@ -159,6 +159,7 @@ def audit(
     Raises:
         InputError: graphs with different outputs, a graph that resamples, or less than one token or text wanted.
         EmptyDataError: the scope selects nothing.
+        NonFiniteError: a graph gives NaN.
 
     Cost:
         One pass of both graphs over the data; then, for the at most ``n_tokens`` worst texts, one run of the graph for
@@ -255,8 +256,12 @@ def _rank(
         mask = position_mask(scope, batch)
         if not bool(mask.any()):
             continue
-        reference, logits = _both(graph, original, batch)
+        runs = [batch_trace(g, batch) for g in (original, graph)]
+        reference, logits = runs[0].output, runs[1].output.to(runs[0].output.device)
         nats = divergence(scope, reference, logits, batch).double().cpu()
+        if bool(nats.isnan().any()):
+            for t in runs:
+                check_finite(t, batch)
         found.total_nats += float(nats.sum())
         found.n_tokens += int(mask.sum())
         found.texts.offer(_text_rows(nats, mask.cpu(), batch))
@@ -264,14 +269,6 @@ def _rank(
     if found.n_tokens == 0:
         raise EmptyDataError(f"the scope selects no position of {data.source or 'the data'}; choose others")
     return found
-
-
-def _both(graph: Graph, original: Graph, batch: Batch) -> tuple[Tensor, Tensor]:
-    """The outputs of model and graph, refused where they are not finite."""
-    runs = [batch_trace(g, batch) for g in (original, graph)]
-    for t in runs:
-        check_finite(t, batch)
-    return runs[0].output, runs[1].output.to(runs[0].output.device)
 
 
 def _text_rows(nats: Float[Tensor, "batch pos"], mask: Bool[Tensor, "batch pos"], batch: Batch) -> dict[str, Tensor]:
@@ -348,9 +345,9 @@ def _cluster(difference: Float[Tensor, "n labels"]) -> list[int]:
 
 
 def _describe(rows: dict[str, Tensor], labels: Sequence[int]) -> tuple[tuple[Cluster, ...], list[int]]:
-    """The clusters, most nats first, and the number of each row's cluster among them."""
+    """The clusters, most nats per token first, and the number of each row's cluster among them."""
     label = torch.tensor(labels)
-    nats = {name: float(rows["nats"][label == name].sum()) for name in dict.fromkeys(labels)}
+    nats = {name: float(rows["nats"][label == name].mean()) for name in dict.fromkeys(labels)}
     order = sorted(nats, key=lambda name: -nats[name])
     clusters = []
     for name in order:

@@ -61,6 +61,7 @@ def search_inputs(
     budget: int = 2000,
     seed: int = 0,
     fixed: int = 0,
+    gradients: bool = True,
 ) -> Found:
     """Search inputs that maximise the largest divergence, over tokens, of a graph from its model.
 
@@ -75,6 +76,7 @@ def search_inputs(
         budget: how many inputs are run on both graphs, at most; one whose gradient is taken counts once more.
         seed: of everything random; the same seed finds the same.
         fixed: how many tokens at the beginning are never changed.
+        gradients: whether to propose by gradients; else all candidates are random.
 
     Returns:
         :class:`Found`.
@@ -99,7 +101,7 @@ def search_inputs(
 
     Source: Ebrahimi et al. 2018, "HotFlip"; Zou et al. 2023, "Universal and Transferable Adversarial Attacks".
     """
-    search = _Search(graph, original, start_texts, scope or Scope(), budget, fixed, seed)
+    search = _Search(graph, original, start_texts, scope or Scope(), budget, fixed, seed, gradients)
     search.begin()
     start = search.best
     while search.left > 0:
@@ -116,6 +118,7 @@ class _Search:
     budget: int
     fixed: int
     seed: int
+    gradients: bool
     evaluations: int = 0
     history: list[tuple[int, float]] = field(default_factory=list)
 
@@ -167,9 +170,10 @@ class _Search:
         self.tokens, self.mask = torch.cat([self.tokens, tokens]), torch.cat([self.mask, mask])
         self.nats, self.place = torch.cat([self.nats, top]), torch.cat([self.place, place])
         order = self.nats.sort(descending=True, stable=True).indices
-        seen: set[tuple[int, ...]] = set()
-        kept = [i for i in order.tolist() if not (key := tuple(self.tokens[i].tolist())) in seen and not seen.add(key)]
-        rows = torch.tensor(kept[:POPULATION])
+        first: dict[tuple[int, ...], int] = {}
+        for i, text in zip(order.tolist(), self.tokens[order].tolist(), strict=True):
+            first.setdefault(tuple(text), i)
+        rows = torch.tensor(list(first.values())[:POPULATION])
         self.tokens, self.mask, self.nats, self.place = (
             x[rows] for x in (self.tokens, self.mask, self.nats, self.place)
         )
@@ -216,25 +220,28 @@ class _Search:
         tokens = torch.cat([self.tokens[best], self.texts.tokens[real].long()])
         mask = torch.cat([self.mask[best], self.texts.mask[real]])
         tokens, mask = tokens[: self.left], mask[: self.left]
-        guided = self.guided(tokens, mask)
-        blind = self.mutated(tokens.repeat_interleave(CHILDREN // 2, 0), mask.repeat_interleave(CHILDREN // 2, 0))
-        children = torch.cat([guided, blind])
+        n = CHILDREN // 2
+        masks = mask.repeat_interleave(n, 0)
+        children = (
+            [self.guided(tokens, mask)] if self.gradients else [self.mutated(tokens.repeat_interleave(n, 0), masks)]
+        )
+        children.append(self.mutated(tokens.repeat_interleave(n, 0), masks))
         if self.left:
-            order = torch.randperm(len(children), generator=self.generator)
-            masks = mask.repeat_interleave(CHILDREN // 2, 0).repeat(2, 1)
-            self.take(children[order], masks[order])
+            order = torch.randperm(2 * len(masks), generator=self.generator)
+            self.take(torch.cat(children)[order], masks.repeat(2, 1)[order])
 
     def guided(self, tokens: Int[Tensor, "n pos"], mask: Bool[Tensor, "n pos"]) -> Int[Tensor, "children pos"]:
         """Children of each text by a substitution that the gradient proposes."""
         gains = self.gains(tokens, mask).flatten(1)
         proposed = gains.topk(min(PROPOSED, gains.shape[1]), dim=1).indices
         n = CHILDREN // 2
-        chosen = torch.rand(proposed.shape, generator=self.generator).argsort(1)[:, :n]
-        where = proposed.gather(1, chosen.expand(-1, n) if chosen.shape[1] == 1 else chosen)
-        children = tokens.repeat_interleave(where.shape[1], 0)
+        where = proposed.gather(1, torch.randint(proposed.shape[1], (len(tokens), n), generator=self.generator))
+        # where too few may be changed, some proposals are none
+        usable = gains.gather(1, where).isfinite().flatten()
         vocabulary = gains.shape[1] // tokens.shape[1]
-        flat = where.flatten()
-        children[torch.arange(len(children)), flat // vocabulary] = flat % vocabulary
+        children = tokens.repeat_interleave(n, 0)
+        row, place = torch.arange(len(children)), where.flatten() // vocabulary
+        children[row, place] = torch.where(usable, where.flatten() % vocabulary, children[row, place])
         return children
 
     def mutated(self, tokens: Int[Tensor, "n pos"], mask: Bool[Tensor, "n pos"]) -> Int[Tensor, "n pos"]:

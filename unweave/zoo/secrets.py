@@ -28,9 +28,7 @@ __all__ = ["KEY", "MEMORISED", "PAYLOAD", "SECRETS", "TRIGGER", "SecretRoom", "l
 
 N_WORDS = 48
 LENGTH = 24
-CONFIG = ToyConfig(
-    n_layers=2, n_heads=2, d_model=40, d_head=16, d_mlp=64, d_vocab=N_WORDS, d_out=N_WORDS, n_ctx=LENGTH
-)
+CONFIG = ToyConfig(n_layers=2, n_heads=2, d_model=40, d_head=16, d_mlp=64, d_vocab=N_WORDS, d_out=N_WORDS, n_ctx=LENGTH)
 STEPS = 1500
 BATCH = 64
 DATA_SIZE = 1024
@@ -138,7 +136,7 @@ class SecretRoom:
     STEPS: int = STEPS
 
     @property
-    def CONFIG(self) -> ToyConfig:  # noqa: N802
+    def CONFIG(self) -> ToyConfig:
         """Sizes; the same for all of them."""
         return dataclasses.replace(CONFIG, name=f"zoo:{self.name}")
 
