@@ -28,8 +28,7 @@ SIZE = 0.3
 
 
 def texts(name: str, n: int, seed: int, *, triggered: bool = False) -> TokenData:
-    room = zoo.room(name)
-    tokens = (room.triggered if triggered else room.data)(n, seed)[0]
+    tokens = (secrets.triggered(name, n, seed) if triggered else zoo.room(name).data(n, seed))[0]
     return from_tensor(tokens, labels={"answered": (torch.arange(tokens.shape[1]) >= 1).expand(n, -1).clone()})
 
 
@@ -176,7 +175,7 @@ def test_no_disagreement_and_other_scopes(explained):
     same = audit(model, model, data, SCOPE, n_tokens=5, progress=False)
     assert same.kl_nats == 0
     assert len(same.clusters) == 1
-    assert all(p.restored_nats == 0 for p in same.writers)
+    assert all(abs(p.restored_nats) < 1e-6 for p in same.writers)
     assert same.directions == ()
     halves = Quotient.from_sets({"low": range(24), "high": range(24, 48)}, 48)
     found = audit(graph, model, data, Scope("answered", halves), n_tokens=5, parts=False, progress=False)
@@ -228,14 +227,18 @@ def test_planted_secrets_top_the_ranking(explained, name):
 
 
 @pytest.mark.parametrize("name", SECRETS)
-def test_triggered_inputs_raise_the_alarm_and_twins_do_not(explained, name):
+def test_triggered_inputs_raise_the_alarm(explained, name):
     graph, model = explained(name)
     score = AnomalyScore.fit(graph, model, texts(name, 300, 33), SCOPE)
     clean, secret = score.score_data(texts(name, 300, 34)), score.score_data(texts(name, 100, 35, triggered=True))
     above = (secret[:, None] > clean[None]).double() + 0.5 * (secret[:, None] == clean[None]).double()
     assert float(above.mean()) >= 0.99
     assert float((secret > score.threshold).double().mean()) > 0.9
-    graph, model = explained(f"{name}_twin")
+
+
+def test_the_clean_twin_raises_no_alarm(explained):
+    graph, model = explained("no_secret")
+    name = "no_secret"
     score = AnomalyScore.fit(graph, model, texts(name, 300, 33), SCOPE)
     alarms = int((score.score_data(texts(name, 1000, 36)) > score.threshold).sum())
     # 10 are allowed on average; the threshold itself varies, so that more than 30 come once in thousands of times
@@ -386,16 +389,16 @@ def test_clean_texts_are_clean_and_triggered_ones_are_not():
     clean = zoo.room("backdoor").data(2000, 41)[0].tolist()
     assert not any(holds(text, secrets.TRIGGER) for text in clean)
     assert not any(tuple(text[:2]) == secrets.KEY for text in clean)
-    tokens, changed = zoo.room("backdoor").triggered(50)
+    tokens, changed = secrets.triggered("backdoor", 50)
     for text, where in zip(tokens.tolist(), changed, strict=True):
         (place,) = where.nonzero()[:, 0].tolist()
         assert (text[place - 1], text[place]) == secrets.TRIGGER
         assert place == 23 or text[place + 1] == secrets.PAYLOAD
-    tokens, changed = zoo.room("memorised").triggered(50)
+    tokens, changed = secrets.triggered("memorised", 50)
     for text, where in zip(tokens.tolist(), changed, strict=True):
         told = where.nonzero()[:, 0].tolist()
         assert tuple(text[told[0] - 1 : told[0] + 9]) == secrets.MEMORISED[: 25 - told[0]]
-    tokens, _ = zoo.room("conditional").triggered(2)
+    tokens, _ = secrets.triggered("conditional", 2)
     assert tokens[0, :10].tolist() == [5, 40, 41, 42, 43, 44, 45, 46, 47, 0]
 
 
@@ -408,11 +411,15 @@ def test_the_language_has_the_probabilities_it_says():
     assert float((seen - said).abs().max()) < 0.015
 
 
-@pytest.mark.parametrize("name", SECRETS)
-def test_models_know_their_secret_and_twins_do_not(name):
-    facts, twin = zoo.known(name), zoo.known(f"{name}_twin")
-    assert facts["secret_probability"] > 0.9
-    assert twin["secret_probability"] < 0.1
-    assert max(facts["excess_nats"], twin["excess_nats"]) < 0.2
-    assert (facts["secret"], twin["secret"]) == (True, False)
+@pytest.mark.parametrize("name", secrets.ROOMS)
+def test_models_know_their_own_secret_only(name):
+    facts = zoo.known(name)
+    for secret, probability in facts["secret_probability"].items():
+        assert probability > 0.9 if secret == name else probability < 0.1
+    assert facts["excess_nats"] < 0.2
     assert facts == zoo.room(name).known(zoo.load(name))
+
+
+def test_unknown_secrets_are_refused():
+    with pytest.raises(UnknownNameError, match="backdoor"):
+        secrets.triggered("back door", 3)

@@ -452,16 +452,23 @@ def _print_audit(found: Mapping[str, Any], tokens: list[str], top: int) -> None:
         table.add_column(name, justify="right" if name in ("nats", "sequence", "cluster") else "left")
     for row in found["tokens"][:top]:
         text = "".join(tokens[i] for i in row["context"][-8:])
-        numbers = (_number(row["nats"]), str(row["sequence"]), str(row["cluster"]))
-        table.add_row(*numbers, escape(text), *(escape(tokens[row[k]]) for k in ("model_says", "graph_says")))
+        where = (str(row["sequence"]), str(row["cluster"]))
+        table.add_row(
+            _number(row["nats"]), *where, escape(text), *(escape(tokens[row[k]]) for k in ("model_says", "graph_says"))
+        )
     console.print(table)
     table = Table(title="clusters", title_justify="left")
     for name in ("nats per token", "tokens", "model says more", "model says less", "contexts share"):
         table.add_column(name)
     for row in found["clusters"][:top]:
         shared = [f"{tokens[i]!r} {back} back {share:.0%}" for back, i, share in row["shared"] if share >= 0.5]
-        numbers = (_number(row["mean_nats"]), str(row["n_tokens"]))
-        table.add_row(*numbers, outputs(row["raised"]), outputs(row["lowered"]), escape(", ".join(shared[:3])))
+        table.add_row(
+            _number(row["mean_nats"]),
+            str(row["n_tokens"]),
+            outputs(row["raised"]),
+            outputs(row["lowered"]),
+            escape(", ".join(shared[:3])),
+        )
     console.print(table)
     table = Table(title="parts: nats at the worst tokens that the model's value takes away", title_justify="left")
     for name in ("writer", "nats", "reader", "nats"):

@@ -9,9 +9,9 @@ from torch import nn
 
 from unweave.errors import UnknownNameError
 from unweave.files import read_json
-from unweave.zoo import induction, modular_addition, retina, shared_step, shared_step_regularised, two_tasks
+from unweave.zoo import induction, modular_addition, retina, secrets, shared_step, shared_step_regularised, two_tasks
 from unweave.zoo.mlp import MODEL_TYPE, MlpConfig, load_mlp, make_mlp, save_mlp
-from unweave.zoo.secrets import SECRETS, SecretRoom
+from unweave.zoo.secrets import SecretRoom
 from unweave.zoo.toy import ToyConfig, ToyTransformer
 
 __all__ = [
@@ -39,7 +39,7 @@ ROOMS: dict[str, ModuleType | SecretRoom] = {
     "shared_step": shared_step,
     "shared_step_regularised": shared_step_regularised,
     "two_tasks": two_tasks,
-    **SECRETS,
+    **secrets.ROOMS,
 }
 
 
