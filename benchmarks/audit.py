@@ -2,9 +2,9 @@
 
     python -m benchmarks.audit
 
-Explanations are low-rank graphs fitted on clean texts only, at several sizes (all are reported; 0.3 was chosen on the
-bundled backdoor, before the other secrets and seed 1 were looked at). Seed 0 is the bundled models, seed 1 trained here.
-Baselines get the sign and the place that serve them best; ours has neither to choose.
+Explanations are low-rank graphs fitted on clean texts only, at several sizes, all of them reported. The main size, 0.3,
+was chosen on the bundled backdoor and conditional models, before "memorised" and seed 1 were looked at. Seed 0 is the
+bundled models, seed 1 is trained here. Baselines get the sign and the place that serve them best; ours has no choice.
 """
 
 from __future__ import annotations

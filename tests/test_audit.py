@@ -9,11 +9,13 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
+from typer.testing import CliRunner
 
 import unweave
 from unweave import zoo
 from unweave.audit import ActivationDistance, AnomalyScore, audit, search_inputs, text_losses
 from unweave.audit.search import _Search
+from unweave.cli import app
 from unweave.data import TokenData, float_data, from_tensor
 from unweave.errors import EmptyDataError, InputError, UnknownNameError
 from unweave.execution import run
@@ -376,6 +378,29 @@ def test_baselines_by_hand(explained):
         assert float(losses["mean"][i]) == pytest.approx(np.mean(nats), rel=1e-4)
     with pytest.raises(InputError, match="no token with a next"):
         text_losses(model, data, Scope(positions="last"))
+
+
+# ---- the command ----
+
+
+def test_the_command_prints_and_writes_what_the_functions_find(explained, tmp_path):
+    graph, model = explained("backdoor")
+    graph = dataclasses.replace(graph, info={**graph.info, "model": "zoo:backdoor"})
+    unweave.save_graph(graph, tmp_path / "graph")
+    options = ["--sequences", "32", "--search", "100", "-o", str(tmp_path / "audit.json")]
+    done = CliRunner().invoke(app, ["audit", str(tmp_path / "graph"), *options])
+    assert done.exit_code == 0, done.output
+    written = json.loads((tmp_path / "audit.json").read_text())
+    found = audit(graph, model, unweave.load_data("zoo:backdoor", limit=32), SCOPE, progress=False)
+    assert written["kl_nats"] == pytest.approx(found.kl_nats)
+    assert written["tokens"][0]["position"] == found.tokens[0].position
+    assert written["search"]["hits"][0]["nats"] >= written["search"]["start_nats"]
+    assert f"{found.tokens[0].nats:.3g}" in done.output
+    nameless = dataclasses.replace(graph, info={**graph.info, "model": ""})
+    unweave.save_graph(nameless, tmp_path / "nameless")
+    refused = CliRunner().invoke(app, ["audit", str(tmp_path / "nameless")])
+    assert refused.exit_code == 1
+    assert "--model" in refused.output
 
 
 # ---- the rooms ------------------------------------------------------------------------------------------

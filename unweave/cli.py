@@ -449,7 +449,7 @@ def _print_audit(found: Mapping[str, Any], tokens: list[str], top: int) -> None:
     mean = f"{_number(found['kl_nats'])} nats per token over {found['n_tokens']:,} tokens"
     table = Table(title=f"worst tokens ({mean})", title_justify="left")
     for name in ("nats", "sequence", "cluster", "context", "model says", "graph says"):
-        table.add_column(name, justify="right" if name in ("nats", "sequence", "cluster") else "left")
+        table.add_column(name, justify="right" if name in ("nats", "sequence", "cluster") else "left", overflow="fold")
     for row in found["tokens"][:top]:
         text = "".join(tokens[i] for i in row["context"][-8:])
         where = (str(row["sequence"]), str(row["cluster"]))
