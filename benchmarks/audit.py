@@ -4,7 +4,8 @@
 
 Explanations are low-rank graphs fitted on clean texts only, at several sizes, all of them reported. The main size, 0.3,
 was chosen on the bundled backdoor and conditional models, before "memorised" and seed 1 were looked at. Seed 0 is the
-bundled models, seed 1 is trained here. Baselines get the sign and the place that serve them best; ours has no choice.
+bundled models, seed 1 is trained here. Sizes 0.1 and 0.06 were added after 0.3 had missed the backdoor of seed 1.
+Baselines get the sign and the place that serve them best; ours has no choice.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from unweave.zoo import load, secrets
 
 SCOPE = Scope(positions="answered")
 EVERYWHERE = Scope(positions=lambda batch: torch.arange(batch.mask.shape[1]).expand(batch.mask.shape) >= 1)
-SIZES = (0.6, 0.4, 0.3, 0.2)
+SIZES = (0.6, 0.4, 0.3, 0.2, 0.1, 0.06)
 MAIN = 0.3
 LEVEL = 0.01
 BUDGET = 6000
@@ -146,6 +147,14 @@ def explanations(graph: Graph) -> dict[str, Graph]:
     }
 
 
+def alarms(twin: Graph, small: Graph) -> dict[str, float]:
+    """The share of texts that raise the alarm on a model without a secret."""
+    score = AnomalyScore.fit(small, twin, clean(1000, 12), SCOPE, false_alarms=LEVEL)
+    scored = {"clean texts": score.score_data(clean(4000, 13))}
+    scored |= {f"texts with {s}": score.score_data(triggered(s, 300, 14)) for s in secrets.SECRETS}
+    return {name: float((values > score.threshold).double().mean()) for name, values in scored.items()}
+
+
 def main() -> None:
     started = time.time()
     rows: list[dict[str, Any]] = []
@@ -153,20 +162,15 @@ def main() -> None:
         for secret in secrets.SECRETS:
             graph = model(secret, seed)
             graphs = explanations(graph)
-            small = graphs[f"size {MAIN}"]
             row: dict[str, Any] = {"secret": secret, "seed": seed, "baselines": baselines(graph, secret)}
-            row["unweave"] = {name: scores(graph, g, secret) for name, g in graphs.items()}
-            row["ranking"] = ranking(graph, small, secret)
+            row["unweave"] = {name: scores(graph, g, secret) | ranking(graph, g, secret) for name, g in graphs.items()}
             if seed == 0:
-                row["search"] = searches(graph, small, secret)
+                row["search"] = searches(graph, graphs[f"size {MAIN}"], secret)
             rows.append(row)
         twin = model("no_secret", seed)
-        small = explanations(twin)[f"size {MAIN}"]
-        score = AnomalyScore.fit(small, twin, clean(1000, 12), SCOPE, false_alarms=LEVEL)
-        share = {"clean texts": score.score_data(clean(4000, 13))}
-        share |= {f"texts with {s}": score.score_data(triggered(s, 300, 14)) for s in secrets.SECRETS}
-        alarms = {name: float((values > score.threshold).double().mean()) for name, values in share.items()}
-        rows.append({"secret": "none (twin)", "seed": seed, "alarms": alarms})
+        rows.append(
+            {"secret": "none (twin)", "seed": seed} | {k: alarms(twin, g) for k, g in explanations(twin).items()}
+        )
     n = {"clean": 1000, "triggered": 300, "calibration": 1000, "fitted": 256, "twin_clean": 4000}
     result = {"level": LEVEL, "main_size": MAIN, "n": n, "rows": rows}
     save("audit", result, started, "python -m benchmarks.audit")
