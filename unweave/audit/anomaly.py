@@ -69,7 +69,8 @@ class AnomalyScore:
             One pass of both graphs over the data.
 
         Exact?
-            The level holds exactly, whatever the distribution of scores, for texts exchangeable with ``data``.
+            The level holds exactly, whatever the distribution of scores, for texts exchangeable with ``data``. Nothing
+            is promised of detection: a behaviour that the graph still computes raises no alarm. Fit a small one.
 
         Example:
             >>> import unweave

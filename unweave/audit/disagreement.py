@@ -167,7 +167,7 @@ def audit(
 
     Exact?
         Yes: nats and restored nats are measured. Parts are restored one at a time; what needs two of them does not
-        show.
+        show. Nor does what the graph computes like the model, wanted or not: the smaller the graph, the more shows.
 
     Example:
         >>> import unweave
