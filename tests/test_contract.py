@@ -58,6 +58,7 @@ LAYERS = (
     "sampling",
     "hypotheses",
     "falsification",
+    "audit",
     "coarsening",
     "storage",
     "subspaces",

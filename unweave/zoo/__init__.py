@@ -13,12 +13,14 @@ from unweave.zoo import (
     induction,
     modular_addition,
     retina,
+    secrets,
     shared_step,
     shared_step_regularised,
     three_tasks,
     two_tasks,
 )
 from unweave.zoo.mlp import MODEL_TYPE, MlpConfig, load_mlp, make_mlp, save_mlp
+from unweave.zoo.secrets import SecretRoom
 from unweave.zoo.toy import ToyConfig, ToyTransformer
 
 __all__ = [
@@ -39,7 +41,7 @@ __all__ = [
 # what the "model_type" of a saved model's config may be
 MODEL_TYPES = ("unweave-toy", MODEL_TYPE)
 
-ROOMS: dict[str, ModuleType] = {
+ROOMS: dict[str, ModuleType | SecretRoom] = {
     "induction": induction,
     "modular_addition": modular_addition,
     "retina": retina,
@@ -47,11 +49,12 @@ ROOMS: dict[str, ModuleType] = {
     "shared_step_regularised": shared_step_regularised,
     "three_tasks": three_tasks,
     "two_tasks": two_tasks,
+    **secrets.ROOMS,
 }
 
 
-def room(name: str) -> ModuleType:
-    """The module of a room.
+def room(name: str) -> ModuleType | SecretRoom:
+    """The module of a room, or what stands for it.
 
     Raises:
         UnknownNameError: there is no such room.

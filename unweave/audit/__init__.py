@@ -1,0 +1,21 @@
+"""The audit of the rest: where an explanation and its model part ways, and inputs that make them."""
+
+from unweave.audit.anomaly import AnomalyScore
+from unweave.audit.baselines import ActivationDistance, text_losses
+from unweave.audit.disagreement import Audit, Cluster, Direction, Part, TextGap, TokenGap, audit
+from unweave.audit.search import Found, search_inputs
+
+__all__ = [
+    "ActivationDistance",
+    "AnomalyScore",
+    "Audit",
+    "Cluster",
+    "Direction",
+    "Found",
+    "Part",
+    "TextGap",
+    "TokenGap",
+    "audit",
+    "search_inputs",
+    "text_losses",
+]
