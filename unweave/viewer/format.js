@@ -17,12 +17,9 @@ export function num(x, digits = 3) {
   return (size >= 10 ** digits ? Math.round(x).toLocaleString("en") : x.toPrecision(digits)).replace("-", "−");
 }
 export const count = (x) => (known(x) ? x.toLocaleString("en") : "n/a");
-// a share too small for the digits asked is not shown as none
-export function percent(x, digits = 1) {
-  if (!known(x)) return "n/a";
-  const rounded = (100 * x).toFixed(digits);
-  return `${x !== 0 && Number(rounded) === 0 ? num(100 * x, 2) : rounded}%`.replace("-", "−");
-}
+export const percent = (x, digits = 1) => (known(x) ? `${(100 * x).toFixed(digits)}%`.replace("-", "−") : "n/a");
+// a share too small for one digit is not shown as none
+export const share = (x) => (known(x) && x > 0 && x < 5e-4 ? `${num(100 * x, 2)}%` : percent(x));
 export function large(x) {
   if (!known(x)) return "n/a";
   for (const [limit, unit] of [[1e12, "T"], [1e9, "G"], [1e6, "M"], [1e3, "k"]]) if (Math.abs(x) >= limit) return `${(x / limit).toPrecision(3)} ${unit}`;

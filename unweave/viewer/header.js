@@ -1,7 +1,7 @@
 // The first lines: what was made, how small it is and how far from the model, in words and in five figures.
 import { data, graphs, ofEdges, ours } from "./data.js";
 import { $, el } from "./dom.js";
-import { count, known, large, num, percent, plain } from "./format.js";
+import { count, known, large, num, percent, plain, share } from "./format.js";
 import { verdict } from "./modules.js";
 
 // the baselines that store about as much as the graph does
@@ -15,7 +15,7 @@ function summary() {
   const strong = (text) => el("strong", {}, text);
   const { kl_nats: kl, top1_agreement: top1 } = ours;
   const parts = known(ours.size)
-    ? [ofEdges ? "A circuit of " : "A graph with ", strong(percent(ours.size)), ofEdges ? " of the edges of " : " of the numbers in the channels of ", plain(data.model.name)]
+    ? [ofEdges ? "A circuit of " : "A graph with ", strong(share(ours.size)), ofEdges ? " of the edges of " : " of the numbers in the channels of ", plain(data.model.name)]
     : ["A graph of ", plain(data.model.name)];
   parts.push(" whose output is ", strong(`${num(kl.value)} nats per token`), " from the model’s on held-out data");
   if (known(kl.low) && known(kl.high)) parts.push(` (95% interval ${num(kl.low)} to ${num(kl.high)})`);
@@ -43,7 +43,7 @@ function figures() {
   const original = data.faithfulness.find((row) => row.name === "original");
   const cost = original && known(ours.flops_per_token) && original.flops_per_token > 0 ? ours.flops_per_token / original.flops_per_token : null;
   return [
-    figure("size", percent(ours.size), ofEdges ? "of the edges" : "", ofEdges ? "Share of the model’s edges that the circuit keeps" : "Share of the numbers in the model’s channels (heads and MLPs) that the graph stores"),
+    figure("size", share(ours.size), ofEdges ? "of the edges" : "", ofEdges ? "Share of the model’s edges that the circuit keeps" : "Share of the numbers in the model’s channels (heads and MLPs) that the graph stores"),
     figure("divergence", num(ours.kl_nats.value), "nats/token", "Mean divergence of the graph’s output from the model’s, on held-out tokens"),
     figure("same first guess", percent(ours.top1_agreement.value), "", "How often graph and model put the same token first"),
     ofEdges ? null : figure("loss recovered", percent(ours.loss_recovered?.value), "", "100% is the model’s loss, 0% the loss with every channel at its mean"),
