@@ -189,7 +189,7 @@ def test_no_disagreement_and_other_scopes(explained):
 def test_networks_of_reals_are_audited():
     model = unweave.capture("zoo:two_tasks")
     data = unweave.load_data("zoo:two_tasks", limit=64)
-    small = unweave.compress(model, data, size=0.5, progress=False)
+    small = unweave.compress(model, data, size=0.1, progress=False)
     found = audit(small, model, data, n_tokens=5, progress=False)
     worst = max(
         kl(run(model, b.inputs).logits[0, 0], run(small, b.inputs).logits[0, 0]) for b in data.batches(batch_size=1)
