@@ -22,6 +22,19 @@ HOSTILE = [
 ]
 
 
+class HostileTokenizer:
+    """A tokenizer whose every token is an attack."""
+
+    def __call__(self, text: str) -> dict[str, list[int]]:
+        return {"input_ids": [ord(c) % 40 for c in text]}
+
+    def decode(self, ids: list[int], skip_special_tokens: bool = False) -> str:
+        return "".join(HOSTILE[i % len(HOSTILE)] for i in ids)
+
+    def convert_ids_to_tokens(self, ids: list[int]) -> list[str]:
+        return [self.decode([i]) for i in ids]
+
+
 def estimate(value: float, spread: float = 0.08) -> dict[str, float]:
     return {"value": value, "low": value * (1 - spread), "high": value * (1 + spread)}
 

@@ -15,7 +15,7 @@ from typing import Any
 import hypothesis
 import pytest
 import torch
-from report_fixtures import HOSTILE, report_data
+from report_fixtures import HOSTILE, HostileTokenizer, report_data
 
 import unweave
 from unweave import cli
@@ -292,21 +292,8 @@ def test_facts_and_texts(client: TestClient, induction: unweave.Graph, examples:
     assert client.post("/api/run", json={"text": texts[0]}).status_code == 200
 
 
-class Letters:
-    """A tokenizer whose every token is hostile."""
-
-    def __call__(self, text: str) -> dict[str, list[int]]:
-        return {"input_ids": [ord(c) % 40 for c in text]}
-
-    def decode(self, ids: list[int], skip_special_tokens: bool = False) -> str:
-        return "".join(HOSTILE[i % len(HOSTILE)] for i in ids)
-
-    def convert_ids_to_tokens(self, ids: list[int]) -> list[str]:
-        return [self.decode([i]) for i in ids]
-
-
 def test_hostile_strings_travel_as_ascii(folder: Path) -> None:
-    client = TestClient(make_app(folder, tokenizer=Letters()), base_url="http://localhost")
+    client = TestClient(make_app(folder, tokenizer=HostileTokenizer()), base_url="http://localhost")
     reply = client.post("/api/run", json={"text": "abcdefghijkl"})
     assert reply.content.isascii()
     assert reply.headers["content-type"] == "application/json"
@@ -713,7 +700,7 @@ def test_the_command_serves_with_the_models_tokens(
 
 def test_prompts_without_a_tokenizer_are_ids() -> None:
     assert encode_prompt(" 3  0 12").tolist() == [[3, 0, 12]]
-    assert encode_prompt("ab", Letters()).tolist() == [[97 % 40, 98 % 40]]
+    assert encode_prompt("ab", HostileTokenizer()).tolist() == [[97 % 40, 98 % 40]]
     for bad in ("x", "-1", "1.0", "½", "9" * 30):
         with pytest.raises(InputError, match="token ids separated by spaces"):
             encode_prompt(bad)

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from report_fixtures import HOSTILE, report_data
+from report_fixtures import HostileTokenizer, report_data
 
 import unweave
 from unweave.storage import save_graph
@@ -30,19 +30,6 @@ Open = Callable[..., Any]
 TOKENS = [0, 7, 3, 9, 12, 7, 3]
 TEXT = " ".join(map(str, TOKENS))
 HEAD = "blocks.1.attn.head.1"
-
-
-class Hostile:
-    """A tokenizer whose tokens are attacks."""
-
-    def __call__(self, text: str) -> dict[str, list[int]]:
-        return {"input_ids": [ord(c) % 40 for c in text]}
-
-    def decode(self, ids: list[int], skip_special_tokens: bool = False) -> str:
-        return "".join(HOSTILE[i % len(HOSTILE)] for i in ids)
-
-    def convert_ids_to_tokens(self, ids: list[int]) -> list[str]:
-        return [self.decode([i]) for i in ids]
 
 
 class Server(uvicorn.Server):  # type: ignore[misc,name-defined]
@@ -83,7 +70,7 @@ def urls(induction: unweave.Graph, tmp_path_factory: pytest.TempPathFactory) -> 
     with (
         Server(make_app(whole, data=data)) as one,
         Server(make_app(whole, cut, data=data)) as two,
-        Server(make_app(whole, tokenizer=Hostile())) as hostile,
+        Server(make_app(whole, tokenizer=HostileTokenizer())) as hostile,
     ):
         yield {"one": one, "two": two, "hostile": hostile}
 

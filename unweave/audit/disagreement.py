@@ -13,6 +13,7 @@ from sklearn.cluster import AgglomerativeClustering
 from torch import Tensor
 
 from unweave.ablation import batch_trace
+from unweave.compression.neurons import kept_neurons
 from unweave.data import Batch, TokenData
 from unweave.errors import EmptyDataError, InputError
 from unweave.execution import run
@@ -390,15 +391,15 @@ def _worst_batches(
         yield batch, marked
 
 
-def _neurons_left(graph: Graph, name: str, value: Tensor) -> Tensor:
+def _neurons_left(graph: Graph, original: Graph, name: str, value: Tensor) -> Tensor:
     """What a node writes or a port hears in the original, for the neurons that the graph has left of a plain layer."""
-    kept = graph.info.get("neurons_kept") or {}
+    kept = kept_neurons(graph, original)
     if name in graph.where:
         writer = name
     else:
         heard = graph.writers[graph.visible_writers(graph.where[name.rpartition(".")[0]][0])]
         writer = next((n for n in heard if n in kept), "")
-    return value[..., list(kept[writer])] if writer in kept else value
+    return value[..., kept[writer]] if writer in kept else value
 
 
 def _restore(
@@ -411,7 +412,7 @@ def _restore(
     for batch, marked in _worst_batches(data, places, batch_size):
         true = run(original, batch.inputs, batch.mask, record=[*writers, *ports])
         for name in left:
-            patch = {name: _neurons_left(graph, name, true.values[name])} if name else None
+            patch = {name: _neurons_left(graph, original, name, true.values[name])} if name else None
             logits = run(graph, batch.inputs, batch.mask, patch=patch).logits
             nats = divergence(scope, true.logits, logits.to(true.logits.device), batch)
             left[name] += float(nats.double().cpu()[marked].sum()) / len(places)
@@ -433,7 +434,7 @@ def _directions(
     rows = []
     for batch, marked in _worst_batches(data, places, batch_size):
         heard = [run(g, batch.inputs, batch.mask, record=[port]).values[port].double().cpu() for g in (original, graph)]
-        rows.append((_neurons_left(graph, port, heard[0]) - heard[1])[marked])
+        rows.append((_neurons_left(graph, original, port, heard[0]) - heard[1])[marked])
     _, lengths, vectors = torch.linalg.svd(torch.cat(rows), full_matrices=False)
     total = float(lengths.square().sum())
     shares = (lengths.square() / total).tolist() if total > 0 else []

@@ -136,9 +136,11 @@ class _MomentTally:
 
     @torch.no_grad()
     def add(self, gradients: Gradients) -> None:
+        at, y = -1, torch.empty(0)
         for s, name, nodes, writers in _by_port(self.circuit):
             g = self.gradient_of(s, name, gradients).flatten(1, 2)
-            y = self._differences(s)
+            if s != at:  # all ports of a stage may hear the same
+                at, y = s, self._differences(s)
             felt, seen = [], []
             for n, w in zip(nodes.split(EDGES_AT_ONCE), writers.split(EDGES_AT_ONCE), strict=True):
                 felt.append(_weighted(g[n], y[w].square().sum(-1)))

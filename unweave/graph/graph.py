@@ -266,8 +266,8 @@ class Graph:
         marked = self.mark_edges(edges)
         if bool((marked & ~self.edge_matrix).any()):
             raise InputError(f"{self.name_edges(marked & ~self.edge_matrix)[0]} is cut and carries nothing to narrow")
-        if bool((marked & self._narrow_edges).any()):
-            raise InputError(f"{self.name_edges(marked & self._narrow_edges)[0]} is narrow already")
+        if twice := [e for e in edges if e in self.dimensions]:
+            raise InputError(f"{twice[0]} is narrow already")
         factors = [
             check_factors(e, *f, self._stream_width(e.src)) for e, f in zip(edges, projections.values(), strict=True)
         ]
@@ -279,16 +279,6 @@ class Graph:
             wires = [(*place, *factors[number]) for number, place in places]
             stages[s] = add_wires(stages[s], name, wires, writers, given)
         return dataclasses.replace(cut, stages=tuple(stages))
-
-    @cached_property
-    def _narrow_edges(self) -> Bool[Tensor, "ports writers"]:
-        out = torch.zeros(len(self.ports), len(self.writers), dtype=torch.bool)
-        for s, stage in enumerate(self.stages):
-            for port in stage.ports:
-                if port.wires is not None:
-                    row, column = self.port_starts[s, port.name], self.visible_writers(s).start
-                    out[row + port.wires.nodes.cpu(), column + port.wires.writers.cpu()] = True
-        return out
 
     @cached_property
     def dimensions(self) -> Mapping[Edge, int]:
