@@ -17,13 +17,14 @@ from unweave.circuits import SHARES, connected, distance, faithfulness_curve, fi
 from unweave.circuits.curve import faithfulness_of
 from unweave.circuits.distance import Prompts, per_prompt
 from unweave.circuits.sizes import edge_numbers
-from unweave.data import TokenData, from_tensor
+from unweave.data import TokenData, from_tensor, load_data
 from unweave.errors import EmptyDataError, InputError
 from unweave.evaluation import evaluate
 from unweave.execution import run
 from unweave.graph import Edge, Graph
 from unweave.scope import Scope
 from unweave.scoring import score_edges
+from unweave.statistics import collect_means
 from unweave.storage import load_graph, save_graph
 from unweave.tasks import make_task
 from unweave.zoo.tracr import tracr_examples, true_edges
@@ -196,6 +197,26 @@ def test_directions_are_those_that_matter():
             if port.wires is not None:
                 matrix = port.wires.left[0] @ port.wires.right[0]
                 assert abs(float(matrix[0, 0]) - 1) < 0.05
+
+
+def test_edges_of_a_perceptron_narrow_each_in_its_own_width():
+    graph, data = capture("zoo:two_tasks"), load_data("zoo:two_tasks", limit=16)
+    means = collect_means(graph, data)
+    eye = {w: torch.eye(w) for w in (10, 32)}
+    for edge, width, kept in (("input->layers.0.in", 10, 3), ("layers.0->layers.1.in", 32, 5)):
+        whole = graph.narrow({edge: (eye[width], eye[width])}, means=means)
+        some = graph.narrow({edge: (eye[width][:, :kept], eye[width][:kept])}, means=means)
+        x, writer = data.tokens, edge.partition("->")[0]
+        torch.testing.assert_close(run(whole, x).logits, run(graph, x).logits)
+        # the oracle: the writer's other dimensions are at their mean
+        cut = run(
+            graph,
+            x,
+            patch={
+                writer: lambda y, w=writer, k=kept: torch.cat([y[..., :k], means[w][0, k:].expand_as(y[..., k:])], -1)
+            },
+        )
+        torch.testing.assert_close(run(some, x).logits, cut.logits)
 
 
 def test_narrowing_is_refused_where_it_makes_no_sense(induction, halves):

@@ -8,11 +8,11 @@ from typing import Any
 from unweave.audit import AnomalyScore, Audit
 from unweave.data import TokenData
 from unweave.evaluation import Estimate
-from unweave.falsification import Edit, EditTable, Hypothesis, Scrubbed, Validation
+from unweave.falsification import Edit, EditTable, Hypothesis, Scrubbed, Several, Validation
 from unweave.falsification.validation import CANDIDATE
 from unweave.report.checks import AlarmFacts, AuditFacts, EditsFacts, ScrubbingRow, ValidationFacts, ValueInRange
 
-__all__ = ["alarm_facts", "audit_facts", "edits_facts", "scrubbing_row", "validation_facts"]
+__all__ = ["alarm_facts", "audit_facts", "edits_facts", "scrubbing_row", "spell_edit", "validation_facts"]
 
 
 def _range(estimate: Estimate) -> ValueInRange:
@@ -105,7 +105,7 @@ def edits_facts(table: EditTable, edits: Mapping[str, Sequence[Edit]]) -> EditsF
             called = {"true": table.true[size][i], "graph": table.graph[size][i], "gradient": table.gradient[size][i]}
             if table.second_order:
                 called["second_order"] = table.second_order[size][i]
-            points.append({"size": size, "edit": _spell_edit(edit), **{k: float(v) for k, v in called.items()}})
+            points.append({"size": size, "edit": spell_edit(edit), **{k: float(v) for k, v in called.items()}})
     estimates = ("correlation", "r2", "slope", "top_token", "sign")
     rows: list[Any] = [
         {"size": row.size, "predictor": row.predictor, "mean_change": row.mean_change, "n": row.n}
@@ -115,8 +115,16 @@ def edits_facts(table: EditTable, edits: Mapping[str, Sequence[Edit]]) -> EditsF
     return {"rows": rows, "points": points}
 
 
-def _spell_edit(edit: Edit) -> str:
-    """The kind of an edit and where it is made."""
+def spell_edit(edit: Edit) -> str:
+    """The kind of an edit and where it is made.
+
+    Example:
+        >>> from unweave.falsification import ScaleHead
+        >>> spell_edit(ScaleHead("blocks.1.attn.head.0", 0.5))
+        'ScaleHead blocks.1.attn.head.0'
+    """
+    if isinstance(edit, Several):
+        return ", ".join(spell_edit(each) for each in edit.edits)
     fields = vars(edit)
     where = fields.get("node") or fields.get("after") or f"tokens {fields.get('a')} and {fields.get('b')}"
     return f"{type(edit).__name__} {where}"

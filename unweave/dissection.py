@@ -15,16 +15,17 @@ from torch import nn
 
 from unweave.capture import capture, load_tokenizer
 from unweave.circuits import Circuit, FaithfulnessCurve, Proof, faithfulness_curve, find_circuit, prove
+from unweave.data import TokenData
 from unweave.errors import InputError
 from unweave.graph import Graph
 from unweave.pipeline import edge_facts, node_facts, stamp
 from unweave.report import MAX_EDGES
-from unweave.scope import describe
+from unweave.scope import Scope, describe
 from unweave.scoring import EdgeScores, measure_edges, score_edges
 from unweave.storage import save_graph
 from unweave.tasks import Task, TaskCheck, check_task, list_tasks, load_task, make_task, require_solved
 
-__all__ = ["Dissected", "Prediction", "dissect", "predict_effects"]
+__all__ = ["Dissected", "Prediction", "dissect", "predict_effects", "proof_prompts"]
 
 POSITIONS = ("together", "apart", "named")
 
@@ -103,15 +104,17 @@ def dissect(
     """
     started = time.time()
     graph = capture(model)
+    source = "" if isinstance(model, nn.Module) else str(model)
+    graph = dataclasses.replace(graph, info={**graph.info, "model": source})
     tokenizer = tokenizer if tokenizer is not None or isinstance(model, nn.Module) else load_tokenizer(model)
+    made_of = str(task) if isinstance(task, str | Path) else ""
     task = _task(task, graph, tokenizer, metric, prompts, seed)
     options: dict[str, Any] = {"batch_size": batch_size, "progress": progress}
     check = check_task(graph, task, **options)
     require_solved(check)
     graph = _unrolled(graph, task, positions)
     kind = ablation or ("mean" if task.corrupted is None else "counterfactual")
-    found, held_out = task.split(0.5, seed)
-    data, test = (t.paired if kind == "counterfactual" else t.data for t in (found, held_out))
+    data, test = _halves(task, kind, seed)
     budget = {"edges": edges, "kl_nats": kl_nats, "faithfulness": faithfulness}
     if all(b is None for b in budget.values()):
         budget["faithfulness"] = 0.9
@@ -123,8 +126,11 @@ def dissect(
     given = {k: v for k, v in budget.items() if v is not None}
     report = _report(circuit, proof, curves, prediction, task, check, len(data))
     report["provenance"] = {
-        "model": str(model) if isinstance(model, str | Path) else type(model).__name__,
+        "model": source or type(model).__name__,
         "task": task.name,
+        "made_of": made_of,
+        "prompts": prompts,
+        "metric": metric,
         "ablation": kind,
         "level": level,
         "positions": positions,
@@ -133,6 +139,40 @@ def dissect(
         **stamp(seed, started),
     }
     return Dissected(task, check, circuit, proof, curves, prediction, report)
+
+
+def _halves(task: Task, ablation: str, seed: int) -> tuple[TokenData, TokenData]:
+    """(prompts to search with, prompts to prove on), with partners where the ablation wants them."""
+    found, held_out = (t.paired if ablation == "counterfactual" else t.data for t in task.split(0.5, seed))
+    return found, held_out
+
+
+def proof_prompts(provenance: Mapping[str, Any], graph: Graph, tokenizer: Any = None) -> tuple[TokenData, Scope] | None:
+    """The prompts that a circuit was proved on, and its scope, made again from what its folder says of its origin.
+
+    Args:
+        provenance: of the report of :func:`dissect`.
+        graph: of the model.
+
+    Returns:
+        None where the origin is no task that can be made again.
+
+    Raises:
+        InputError: the task cannot be made with this tokenizer, or its file is gone.
+
+    Example:
+        >>> import unweave
+        >>> found = unweave.dissect("zoo:induction", "induction", prompts=16)
+        >>> data, scope = proof_prompts(found.report["provenance"], found.circuit.original)
+        >>> len(data), scope.positions
+        (8, 'end')
+    """
+    known = {"made_of": str, "prompts": int, "seed": int, "metric": str, "ablation": str}
+    if not all(isinstance(provenance.get(key), kind) for key, kind in known.items()) or not provenance["made_of"]:
+        return None
+    made_of, prompts, seed, metric, ablation = (provenance[key] for key in known)
+    task = _task(made_of, graph, tokenizer, metric, prompts, seed)
+    return _halves(task, ablation, seed)[1], task.scope
 
 
 def _unrolled(graph: Graph, task: Task, positions: str) -> Graph:

@@ -167,7 +167,9 @@ def evaluate_parts(
         inside = position_mask(scope, batch)
         masks = {ALL: inside} | {name: inside & part(batch).to(inside.device) for name, part in parts.items()}
         for name, graph in every.items():
-            logits = reference if name == "original" else batch_trace(graph, batch, other=other).output
+            # the partners' run is shared by graphs of the same nodes; one divided by position makes its own
+            shared = other if graph.writers == original.writers else None
+            logits = reference if name == "original" else batch_trace(graph, batch, other=shared).output
             tokens = _compare(scope, batch, reference, logits)
             for part, mask in masks.items():
                 _count(tallies[part][name], batch, tokens, mask.to(logits.device), n_worst)

@@ -7,7 +7,10 @@ from typing import Annotated
 
 import typer
 
-__all__ = ["Context", "Data", "Folder", "Frozen", "Model", "Seed", "Sequences"]
+__all__ = ["FISHER_SAMPLES", "Context", "Data", "Folder", "Frozen", "Model", "Seed", "Sequences"]
+
+# random output directions per sequence, where an edit is also predicted to second order
+FISHER_SAMPLES = 16
 
 Model = Annotated[str, typer.Argument(help="A hub name, a model folder, zoo:NAME, or a tracr folder.")]
 Folder = Annotated[Path, typer.Argument(help="A folder made by 'unweave decompile'.")]

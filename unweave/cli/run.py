@@ -11,6 +11,7 @@ from rich.table import Table
 from unweave.cli.application import app, console, errors
 from unweave.cli.inputs import open_folder
 from unweave.cli.options import Folder, Seed
+from unweave.errors import InputError
 
 __all__ = ["run"]
 
@@ -32,6 +33,11 @@ def run(
         from unweave.generation import encode_prompt, generate
 
         graph, source, tokenizer = open_folder(folder, model)
+        if graph.resample:
+            raise InputError(
+                f"cut edges of {folder} hear another input, and a text that is being written has none; "
+                "'unweave circuit --ablation mean' makes a circuit that writes"
+            )
         ids = encode_prompt(prompt, tokenizer)
         texts = {"graph": graph}
         if source:

@@ -12,18 +12,17 @@ from rich.table import Table
 
 from unweave.cli.application import app, console, errors
 from unweave.cli.inputs import load_rows, pair_of, words_of, zoo_scope
-from unweave.cli.options import Context, Data, Folder, Seed
+from unweave.cli.options import FISHER_SAMPLES, Context, Data, Folder, Seed
 from unweave.cli.tables import number, plain_interval, share, with_interval
 from unweave.errors import InputError
 
 if TYPE_CHECKING:
-    from unweave.report.checks import EditsFacts, ValidationFacts
+    from unweave.report.checks import EditsFacts, ValidationFacts, ValidationRow
 
 __all__ = ["validate"]
 
 # what random edits change, as a share (see docs)
 EDIT_SIZES = {"0.1": 0.1, "0.3": 0.3, "1": 1.0}
-FISHER_SAMPLES = 16
 LONGEST_TEXT = 60
 
 
@@ -46,47 +45,55 @@ def validate(
     sequences: Annotated[int, typer.Option(help="How many sequences of each data set.")] = 64,
     seed: Seed = 0,
 ) -> None:
-    """Say how far a graph is from its model, by data set and kind of token, next to baselines of its size."""
+    """Say how far a graph is from its model, by data set and kind of token, next to baselines of its size.
+
+    A circuit without --data is held against the model on the prompts that it was proved on.
+    """
     with errors():
         from unweave.checks import validation_facts
+        from unweave.dissection import proof_prompts
+        from unweave.falsification import Validation
         from unweave.falsification import validate as run_validation
         from unweave.falsification.validation import INFORMED, PLAIN
-        from unweave.storage import save_check
+        from unweave.storage import load_checks, load_results, save_check
 
         graph, original, source, tokenizer = pair_of(folder, model)
-        if graph.resample:
-            raise InputError(
-                f"cut edges of {folder} hear another input, which its folder does not hold; "
-                "use unweave.falsification.validate on the circuit itself"
-            )
         tokens, scope = words_of(graph, tokenizer), zoo_scope(source)
         types = _types(by or (), tokens)
+        proof = None if data else proof_prompts(load_results(folder).get("provenance", {}), original, tokenizer)
         sets = {
             name: load_rows(graph, source, path, tokenizer, context, sequences, held_out=True)
-            for name, path in _named(data, other or ()).items()
+            for name, path in _named(data, other or (), first=proof is None).items()
         }
         known = None
         if calibration is not None:
             known = load_rows(graph, source, calibration, tokenizer, context, 2 * sequences)
         size = graph.n_channel_parameters / max(original.n_channel_parameters, 1)
         rivals = [*PLAIN, *INFORMED] if known is not None and size < 1 else None
-        found = run_validation(
-            graph, original, sets, scope=scope, types=types, baselines=rivals, calibration=known, seed=seed
-        )
+        options: dict[str, Any] = {"baselines": rivals, "calibration": known, "seed": seed}
+        found = Validation({}, {})
+        if proof is not None:
+            kinds = {} if sets else types  # a task asks about few positions; kinds of tokens are of the other data
+            found = run_validation(graph, original, {"proof": proof[0]}, scope=proof[1], types=kinds, **options)
+        if sets:
+            rest = run_validation(graph, original, sets, scope=scope, types=types, **options)
+            found = Validation({**found.rows, **rest.rows}, {**found.left_out, **rest.left_out})
         facts = validation_facts(found, tokens, size)
         _print_validation(facts, top)
         written = [save_check(folder, "validation", facts)]
         if edits:
-            first = next(iter(sets.values())).select(slice(0, 16))
-            predicted = _predict_edits(graph, original, first, edits, scope, seed)
+            first, measured = (next(iter(sets.values())), scope) if proof is None else proof
+            predicted = _predict_edits(graph, original, first.select(slice(0, 16)), edits, measured, seed)
             _print_edits(predicted)
+            held = load_checks(folder).get("edits", {"points": []})["points"]
+            predicted["points"] += [point for point in held if point["size"] not in EDIT_SIZES]
             written.append(save_check(folder, "edits", predicted))
         console.print(f"wrote {escape(', '.join(map(str, written)))}; 'unweave report' shows it")
 
 
-def _named(data: str | None, other: Sequence[str]) -> dict[str, str | None]:
-    """Data sets by name."""
-    names: dict[str, str | None] = {"data": data}
+def _named(data: str | None, other: Sequence[str], *, first: bool) -> dict[str, str | None]:
+    """Data sets by name; with ``first``, what --data says is one, too."""
+    names: dict[str, str | None] = {"data": data} if first else {}
     for path in other:
         name = Path(path).stem or path
         if name in names:
@@ -129,7 +136,7 @@ def _print_validation(facts: ValidationFacts, top: int) -> None:
     for name in ("graph", "KL", "99.9%", "max", "same", "loss rec."):
         table.add_column(name, justify="left" if name == "graph" else "right", overflow="fold")
     last = None
-    for row in facts["rows"]:
+    for row in _best_at_random(facts["rows"]):
         here = (row["data"], row["type"])
         if here != last:
             if last is not None:
@@ -158,6 +165,26 @@ def _print_validation(facts: ValidationFacts, top: int) -> None:
             worst.add_row(gap["data"], number(gap["nats"]), *(escape(text[-LONGEST_TEXT:]) for text in texts))
     if top:
         console.print(worst)
+
+
+def _best_at_random(rows: Sequence[ValidationRow]) -> list[ValidationRow]:
+    """The rows; of random circuits, only the one nearest to the model for each kind of token."""
+    at_random: dict[tuple[str, str], list[ValidationRow]] = {}
+    out: list[ValidationRow] = []
+    for row in rows:
+        if not row["graph"].startswith("random "):
+            out.append(row)
+            continue
+        same = at_random.setdefault((row["data"], row["type"]), [])
+        if not same:
+            out.append(row)
+        same.append(row)
+    for i, row in enumerate(out):
+        if row["graph"].startswith("random "):
+            same = at_random[row["data"], row["type"]]
+            nearest = min(same, key=lambda r: r["kl_nats"]["value"] or 0.0)
+            out[i] = {**nearest, "graph": f"best of {len(same)} random"}
+    return out
 
 
 def _print_edits(facts: Mapping[str, Any]) -> None:

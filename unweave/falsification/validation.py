@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor, nn
 
-from unweave.ablation import Means, Replacement
+from unweave.ablation import CORRUPTED, Means, Replacement, pair_at_random
 from unweave.capture import capture
 from unweave.circuits import Circuit
 from unweave.circuits.proof import random_edges
@@ -19,6 +19,7 @@ from unweave.compression import baselines as published
 from unweave.data import Batch, TokenData
 from unweave.errors import EmptyDataError, InputError, ShapeError, UnknownNameError
 from unweave.evaluation import ALL, Faithfulness, evaluate_parts
+from unweave.execution import uncut
 from unweave.graph import Graph
 from unweave.scope import Scope
 from unweave.statistics import collect_means
@@ -161,7 +162,8 @@ def validate(
     Args:
         candidate: what is validated.
         original: the network, as a graph or as anything :func:`unweave.capture` takes; None for a circuit's own.
-        data: held-out sequences, or several sets of them by name (in and out of distribution).
+        data: held-out sequences, or several sets of them by name (in and out of distribution). A graph whose cut edges
+            hear another input gets the data's partners (label "corrupted"), or random ones where there are none.
         scope: the signal; a circuit's own by default.
         types: kinds of tokens that get rows of their own, within the scope: see :func:`mark_tokens`.
         baselines: for a circuit "random": 5 random circuits of as many edges. For a compressed graph, names of
@@ -200,13 +202,14 @@ def validate(
         raise InputError("no data set was given: pass sequences to validate on")
     if scope is None and isinstance(candidate, Circuit):
         scope = candidate.scope
-    means = _means(candidate, whole, calibration or next(iter(sets.values())), progress)
-    rivals, left_out = _baselines(candidate, graph, whole, baselines, calibration, means, seed)
+    known = calibration or next(iter(sets.values()))
+    means = _means(candidate, whole, known, progress)
+    rivals, left_out = _baselines(candidate, graph, whole, baselines, calibration, known, seed)
     marks = {name: mark_tokens(name, chosen) for name, chosen in (types or {}).items()}
     options: dict[str, Any] = {"batch_size": batch_size, "n_worst": n_worst, "seed": seed, "progress": progress}
     rows = {}
     for name, given in sets.items():
-        paired = candidate.instead.paired(given, seed) if isinstance(candidate, Circuit) else given
+        paired = _paired(candidate, given, seed)
         every = {CANDIDATE: graph, **rivals}
         rows[name] = evaluate_parts(every, whole, paired, scope, marks, means=means, **options)
     empty = [name for name in marks if not any(name in parts for parts in rows.values())]
@@ -232,6 +235,13 @@ def _graphs(candidate: Graph | Circuit, original: Graph | nn.Module | str | None
     return whole, graph
 
 
+def _paired(candidate: Graph | Circuit, data: TokenData, seed: int) -> TokenData:
+    """The data with the partners that cut edges hear, where they hear another input."""
+    if isinstance(candidate, Circuit):
+        return candidate.instead.paired(data, seed)
+    return pair_at_random(data, seed) if candidate.resample and CORRUPTED not in data.labels else data
+
+
 def _means(candidate: Graph | Circuit, whole: Graph, data: TokenData, progress: bool | None) -> Means:
     """What channels write on average: the floor of the loss recovered, and what random circuits' edges carry."""
     if isinstance(candidate, Circuit) and candidate.instead.kind.startswith("mean") and candidate.instead.means:
@@ -245,7 +255,7 @@ def _baselines(
     whole: Graph,
     wanted: Iterable[str] | None,
     calibration: TokenData | None,
-    means: Means,
+    known: TokenData,
     seed: int,
 ) -> tuple[dict[str, Graph], dict[str, str]]:
     """(graphs as large as the candidate, why some cannot be)."""
@@ -257,10 +267,7 @@ def _baselines(
     unknown = [name for name in names if name not in (RANDOM, *PLAIN, *INFORMED)]
     if unknown:
         raise UnknownNameError("baseline", unknown[0], [RANDOM, *PLAIN, *INFORMED])
-    made: dict[str, Graph] = {}
-    if RANDOM in names:
-        instead = candidate.instead if isinstance(candidate, Circuit) else Replacement("mean", means)
-        made = _random_circuits(whole, graph, instead, seed)
+    made = _random_circuits(candidate, graph, known, seed) if RANDOM in names else {}
     compressors = [name for name in names if name != RANDOM]
     if compressors and not smaller:
         raise InputError(f"baseline {compressors[0]!r} is for graphs that store fewer numbers; this one stores as many")
@@ -293,9 +300,17 @@ def _compressed(
     return made, left_out
 
 
-def _random_circuits(whole: Graph, graph: Graph, instead: Replacement, seed: int) -> dict[str, Graph]:
-    """Random circuits of as many edges."""
+def _random_circuits(candidate: Graph | Circuit, graph: Graph, known: TokenData, seed: int) -> dict[str, Graph]:
+    """Random circuits of as many edges, between the same nodes and with the same ablation."""
     if not graph.is_cut:
         raise InputError("baseline 'random' is for circuits, and this graph has every edge")
+    # not the network itself: a circuit may divide its nodes, by position or by part
+    every = uncut(graph)
+    if isinstance(candidate, Circuit):
+        instead = candidate.instead
+    elif graph.resample:
+        instead = Replacement("resample")
+    else:
+        instead = Replacement("mean", collect_means(every, known, progress=False))
     generator = torch.Generator().manual_seed(seed)
-    return {f"{RANDOM} {i}": instead.cut(whole, random_edges(whole, graph.n_edges, generator)) for i in range(N_RANDOM)}
+    return {f"{RANDOM} {i}": instead.cut(every, random_edges(every, graph.n_edges, generator)) for i in range(N_RANDOM)}

@@ -193,7 +193,7 @@ class Graph:
         keep: Iterable[Edge | str] | Bool[Tensor, "ports writers"],
         *,
         ablation: Ablation = "mean",
-        means: Mapping[str, Float[Tensor, "#pos d_model"]] | None = None,
+        means: Mapping[str, Float[Tensor, "#pos d_write"]] | None = None,
     ) -> Graph:
         """Keep a set of edges and ablate the rest: a circuit, which is again a graph.
 
@@ -236,10 +236,10 @@ class Graph:
 
     def narrow(
         self,
-        projections: Mapping[Edge | str, tuple[Float[Tensor, "d_model k"], Float[Tensor, "k d_model"]]],
+        projections: Mapping[Edge | str, tuple[Float[Tensor, "d_stream k"], Float[Tensor, "k d_stream"]]],
         *,
         ablation: Ablation = "mean",
-        means: Mapping[str, Float[Tensor, "#pos d_model"]] | None = None,
+        means: Mapping[str, Float[Tensor, "#pos d_write"]] | None = None,
     ) -> Graph:
         """Let edges carry k dimensions only: port j then hears r_i + L R (y_i - r_i) instead of y_i.
 

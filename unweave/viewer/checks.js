@@ -118,7 +118,7 @@ export function startChecks() {
   const found = data.checks ?? {}, parts = [];
   if (found.validation) parts.push(validationPart(found.validation));
   if (found.scrubbing) parts.push(scrubbingPart(found.scrubbing));
-  if (found.edits) parts.push(checkPart("check-edits", "Edits", "Random edits of the model’s weights and state: what the graph said they would do to the loss, against what they did. On the line the prediction is right. R² is that of the prediction as it is, not of a fit.", editsPart(found.edits)));
+  if (found.edits) parts.push(checkPart("check-edits", "Edits", "Edits of the model’s weights and state, drawn at random or asked for: what the graph said they would do to the loss, against what they did. On the line the prediction is right. R² is that of the prediction as it is, not of a fit.", editsPart(found.edits)));
   if (found.audit) parts.push(checkPart("check-audit", "Audit", "Where graph and model part, and what carries it. What a graph computes like the model, a hidden behaviour included, no audit of it can show.", auditPart(found.audit)));
   $("checks").replaceChildren(...parts);
 }
