@@ -7,7 +7,7 @@ Run: python examples/hypothesis.py
 import torch
 
 import unweave
-from unweave.hypotheses import CausalModel, Site, find_alignment, interchange_accuracy
+from unweave.hypotheses import CausalModel, Location, find_alignment, interchange_accuracy
 
 
 def previous(tokens):
@@ -26,7 +26,7 @@ model = CausalModel({"previous": previous, "next": following}, output="next")
 graph = unweave.capture("zoo:induction")
 found, held_out = unweave.load_data("zoo:induction", limit=192).split(held_out=0.5)
 
-result = interchange_accuracy(graph, model, {"previous": Site("blocks.0.attn.head.0")}, held_out)
+result = interchange_accuracy(graph, model, {"previous": Location("blocks.0.attn.head.0")}, held_out)
 print(f"network and hypothesis agree on {result.agreement.value:.1%} of the positions it speaks of")
 for row in result.table():
     print(f"swapping {row['variables']}: right {row['iia']:.1%} of the time; elsewhere {row['elsewhere']:.1%}")

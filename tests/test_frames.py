@@ -33,7 +33,7 @@ from unweave.falsification.discarding import DiscardCost
 from unweave.features.comparison import FeatureRow
 from unweave.features.surveying import FeatureSurvey
 from unweave.frames import to_frame
-from unweave.hypotheses.alignment import Site
+from unweave.hypotheses.alignment import Location
 from unweave.hypotheses.interchange import Accuracy, Interchange
 from unweave.hypotheses.search import AlignmentSearch, Candidate
 from unweave.modules import centralisation
@@ -322,7 +322,7 @@ def _of_data(graph: unweave.Graph, data: Any, folder: Path) -> dict[str, Case]:
 
 
 def _of_hypotheses() -> dict[str, Case]:
-    here = Candidate(Site("blocks.0.mlp", torch.eye(4)[:, :2]), ACCURACY, 0.1)
+    here = Candidate(Location("blocks.0.mlp", torch.eye(4)[:, :2]), ACCURACY, 0.1)
     search = AlignmentSearch("x", (here,), (here,), ())
     changed = Interchange({"x": ACCURACY}, {"x": (ACCURACY, ACCURACY)}, {"x": ACCURACY}, HALF, 8)
     return {

@@ -16,7 +16,7 @@ from unweave.data import from_tensor
 from unweave.errors import InputError, UnsupportedModelError
 from unweave.execution import stages
 from unweave.export.attribution import Prompt, to_attribution_graph
-from unweave.freezing import FROZEN, hold
+from unweave.freezing import FROZEN, stop_gradients
 from unweave.ops import Attention, LayerNorm
 from unweave.paths import path_effect
 from unweave.scope import Scope, divergence, fisher_cotangent, metric
@@ -194,7 +194,7 @@ def test_holding_changes_no_value_and_costs_no_pass(monkeypatch):
     graph, data, means, batch = setup("llama-tied-biased")
     counts, stage_of = {}, stages._run_stage
     for frozen in FROZEN:
-        held = hold(graph, frozen)
+        held = stop_gradients(graph, frozen)
         assert torch.allclose(
             unweave.run(held, batch.inputs).logits, unweave.run(graph, batch.inputs).logits, atol=1e-12
         )

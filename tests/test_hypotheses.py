@@ -14,8 +14,8 @@ import unweave
 from unweave.data import from_tensor
 from unweave.errors import EmptyDataError, InputError, ShapeError, UnknownNameError
 from unweave.execution import run
-from unweave.hypotheses import CausalModel, Site, find_alignment, interchange_accuracy, one_at_random
-from unweave.hypotheses.alignment import Swap, match_positions, sites_of
+from unweave.hypotheses import CausalModel, Location, find_alignment, interchange_accuracy, one_at_random
+from unweave.hypotheses.alignment import Swap, locations_of, match_positions
 from unweave.hypotheses.interchange import Tally
 from unweave.hypotheses.pairs import Answers, draw_pairs
 from unweave.hypotheses.search import redrawn, search_places
@@ -128,7 +128,7 @@ def test_unknown_variables_are_refused():
         COUNTS.interchange(tokens, tokens, ["sam"])
 
 
-# ---- positions and sites --------------------------------------------------------------------------------
+# ---- positions and locations --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("positions", ["all", "last", (0, -1), lambda b: b.inputs % 2 == 0])
@@ -179,7 +179,7 @@ def test_a_subspace_is_swapped_and_the_rest_stays():
     basis = torch.linalg.qr(torch.randn(6, 2)).Q
     value, source = torch.randn(1, 3, 6), torch.randn(1, 3, 6)
     swap = Swap(torch.tensor([[True, False, True]]), torch.tensor([[0, 1, 2]]))
-    got = Site("embed", basis).patch(swap, source)(value).double()
+    got = Location("embed", basis).patch(swap, source)(value).double()
     rest = torch.eye(6).double() - basis.double() @ basis.double().T
     assert torch.allclose(got[:, [0, 2]] @ basis.double(), (source @ basis).double()[:, [0, 2]], atol=1e-6)
     assert torch.allclose(got @ rest, value.double() @ rest, atol=1e-6)
@@ -188,15 +188,15 @@ def test_a_subspace_is_swapped_and_the_rest_stays():
 
 def test_unusable_sites_are_refused():
     with pytest.raises(InputError, match="not orthonormal"):
-        Site("embed", torch.ones(4, 2))
+        Location("embed", torch.ones(4, 2))
     with pytest.raises(ShapeError, match="1 <= k <= d"):
-        Site("embed", torch.eye(3)[:2])
+        Location("embed", torch.eye(3)[:2])
     with pytest.raises(InputError, match=r"\.pattern"):
-        Site(f"{HEAD}.pattern")
-    with pytest.raises(InputError, match="at least one site"):
-        sites_of([])
+        Location(f"{HEAD}.pattern")
+    with pytest.raises(InputError, match="at least one location"):
+        locations_of([])
     with pytest.raises(InputError, match="same positions"):
-        sites_of([Site("embed"), Site("pos_embed", positions="last")])
+        locations_of([Location("embed"), Location("pos_embed", positions="last")])
 
 
 # ---- the residual stream as a place ---------------------------------------------------------------------
@@ -263,24 +263,24 @@ STEPS = CausalModel(
 )
 
 
-def plain_counts(graph, data, pairs, variable, site, scope_positions):
+def plain_counts(graph, data, pairs, variable, location, scope_positions):
     """Effective, right, nats, unchanged, right: pair after pair, position after position."""
     counts = [0, 0, 0.0, 0, 0]
     for i in range(len(pairs)):
         b, s = pairs.base, pairs.sources[variable]
         n, m = int(b.mask[i].sum()), int(s.mask[i].sum())
         base, source = b.tokens[i : i + 1, :n].long(), s.tokens[i : i + 1, :m].long()
-        there = run(graph, source, record=[site.place]).values[site.place].double()
+        there = run(graph, source, record=[location.place]).values[location.place].double()
         both = min(n, m)
 
         def mixed(value, there=there, both=both):
             new = value.double().clone()
-            basis = torch.eye(new.shape[-1]).double() if site.basis is None else site.basis.double()
+            basis = torch.eye(new.shape[-1]).double() if location.basis is None else location.basis.double()
             for t in range(both):
                 new[0, t] += basis @ (basis.T @ (there[0, t] - new[0, t]))
             return new.float()
 
-        log_probs = run(graph, base, patch={site.place: mixed}).logits[0].double().log_softmax(-1)
+        log_probs = run(graph, base, patch={location.place: mixed}).logits[0].double().log_softmax(-1)
         x, y = base[0].tolist(), source[0].tolist()
         plain = [(t + x[0]) % 7 for t in x]
         here = [y[t] if t < both and variable == "here" else x[t] for t in range(n)]
@@ -315,10 +315,10 @@ def plain_counts(graph, data, pairs, variable, site, scope_positions):
 def test_accuracy_is_a_loop_over_pairs_and_positions(variable, place, subspace):
     graph, data = unweave.capture(ToyTransformer(SMALL).eval()), padded(14)
     width = 4 if place.endswith("code") else 12
-    site = Site(place, torch.linalg.qr(torch.randn(width, 3)).Q if subspace else None)
+    location = Location(place, torch.linalg.qr(torch.randn(width, 3)).Q if subspace else None)
     scope, plain_scope = (LAST, lambda n: [n - 1]) if subspace else (unweave.Scope(), range)
-    found = interchange_accuracy(graph, STEPS, {variable: site}, data, scope, n_pairs=20, batch_size=8, seed=5)
-    expected = plain_counts(graph, data, draw_pairs(data, [variable], 20, 5), variable, site, plain_scope)
+    found = interchange_accuracy(graph, STEPS, {variable: location}, data, scope, n_pairs=20, batch_size=8, seed=5)
+    expected = plain_counts(graph, data, draw_pairs(data, [variable], 20, 5), variable, location, plain_scope)
     got = found.accuracy[variable]
     assert (got.n_effective, got.n_unchanged) == (expected[0], expected[3])
     assert expected[0] > 0
@@ -354,7 +354,7 @@ def test_pairs_that_share_a_base_are_resampled_together():
 SUM = CausalModel(
     {"a": lambda tokens: tokens[:, 0], "sum": lambda a, tokens: (a + tokens[:, 1]) % 113, "out": lambda sum: sum}, "out"
 )
-AT_END = Site("blocks.0.mlp", positions="last")
+AT_END = Location("blocks.0.mlp", positions="last")
 
 
 def addition(limit=128):
@@ -363,7 +363,7 @@ def addition(limit=128):
 
 def test_modular_addition_holds_the_sum_in_its_mlp_and_a_wrong_program_fails():
     graph, data = addition()
-    alignment = {"sum": AT_END, "a": Site("embed", positions=(0,))}
+    alignment = {"sum": AT_END, "a": Location("embed", positions=(0,))}
     found = interchange_accuracy(graph, SUM, alignment, data, LAST, n_random=2)
     assert found.agreement.value > 0.99
     assert list(found.accuracy) == ["sum", "a", "sum + a"]
@@ -376,13 +376,13 @@ def test_modular_addition_holds_the_sum_in_its_mlp_and_a_wrong_program_fails():
     wrong = interchange_accuracy(graph, difference, {"sum": AT_END}, data, LAST, n_random=0)
     assert wrong.accuracy["sum"].effective.value < 0.1
     # a right program, but the variable is not there
-    misplaced = interchange_accuracy(graph, SUM, {"sum": Site("embed", positions=(0,))}, data, LAST, n_random=0)
+    misplaced = interchange_accuracy(graph, SUM, {"sum": Location("embed", positions=(0,))}, data, LAST, n_random=0)
     assert misplaced.accuracy["sum"].effective.value < 0.1
 
 
 def test_several_variables_each_have_a_source_of_their_own():
     graph, data = addition(64)
-    both = {"a": Site("embed", positions=(0,)), "b": Site("embed", positions=(1,))}
+    both = {"a": Location("embed", positions=(0,)), "b": Location("embed", positions=(1,))}
     model = CausalModel(
         {"a": lambda tokens: tokens[:, 0], "b": lambda tokens: tokens[:, 1], "out": lambda a, b: (a + b) % 113}, "out"
     )
@@ -449,7 +449,7 @@ def test_reduced_precision_swaps_the_same():
     tokens = torch.randint(0, 40, (8, 6))
     model = CausalModel({"here": lambda tokens: tokens}, "here")
     whole, rotated = (
-        interchange_accuracy(graph, model, {"here": Site("embed", basis)}, from_tensor(tokens), n_random=0)
+        interchange_accuracy(graph, model, {"here": Location("embed", basis)}, from_tensor(tokens), n_random=0)
         for basis in (None, torch.linalg.qr(torch.randn(graph.stages[0].write.d_out, graph.stages[0].write.d_out)).Q)
     )
     assert rotated.accuracy["here"].nats.value == pytest.approx(whole.accuracy["here"].nats.value, rel=0.02)
@@ -466,7 +466,7 @@ def test_bad_alignments_and_answers_are_refused(induction, induction_data):
     with pytest.raises(UnknownNameError, match="blocks.0.attn.head.0"):
         accuracy(alignment={"previous": "blocks.0.attn.heda.0"})
     with pytest.raises(ShapeError, match="64 coordinates and its basis 5"):
-        accuracy(alignment={"previous": Site(HEAD, torch.eye(5))})
+        accuracy(alignment={"previous": Location(HEAD, torch.eye(5))})
     with pytest.raises(UnknownNameError, match="aligned variable"):
         accuracy(together=[("next",)])
     with pytest.raises(InputError, match="empty one"):
@@ -527,7 +527,7 @@ def test_frac_prevs_runs_its_own_program(shared):
     wrong = interchange_accuracy(graph, fraction(config["tokens"].index("b")), alignment, data, n_random=0)
     assert all(accuracy.effective.value < 0.5 for accuracy in wrong.accuracy.values())
     # the value means the same at every position
-    moved = {"is_a": Site("blocks.0.mlp", positions=one_at_random())}
+    moved = {"is_a": Location("blocks.0.mlp", positions=one_at_random())}
     one = interchange_accuracy(graph, fraction(config["tokens"].index("a")), moved, data, n_random=0)
     assert one.accuracy["is_a"].effective.value == 1.0
     assert one.accuracy["is_a"].n_effective > 50
@@ -564,7 +564,7 @@ def test_reverse_runs_its_own_program(shared):
     # carried to another position, the length stays right and the opposite place does not
     one = one_at_random(among=tuple(range(1, 7)))
     for place, right in (("blocks.0.mlp", True), ("blocks.1.mlp", False)):
-        moved = interchange_accuracy(graph, model, {"length": Site(place, positions=one)}, data, n_random=0)
+        moved = interchange_accuracy(graph, model, {"length": Location(place, positions=one)}, data, n_random=0)
         assert (moved.accuracy["length"].effective.value == 1.0) is right
         assert moved.accuracy["length"].n_effective > 20
 
@@ -584,7 +584,7 @@ def test_pair_balance_keeps_two_variables_in_one_mlp_and_the_search_finds_each(s
     assert config["tokens"][:2] == ["(", ")"]
     axes = {n: torch.eye(len(labels))[:, [labels.index(f"bools_{n}")]] for n in ("open_33", "close_35")}
     model = CausalModel(BALANCE, "balance", per_example=True)
-    alignment = {"open": Site("blocks.0.mlp", axes["open_33"]), "close": Site("blocks.0.mlp", axes["close_35"])}
+    alignment = {"open": Location("blocks.0.mlp", axes["open_33"]), "close": Location("blocks.0.mlp", axes["close_35"])}
     data = data.select(slice(0, 128))
     found = interchange_accuracy(graph, model, alignment, data, n_random=2)
     assert found.agreement.value == 1.0
@@ -594,9 +594,9 @@ def test_pair_balance_keeps_two_variables_in_one_mlp_and_the_search_finds_each(s
     assert interchange_accuracy(graph, model, swapped, data, n_random=0).accuracy["open"].effective.value < 0.5
     options = {"k": 1, "n_pairs": 64, "batch_size": 64, "steps": 80, "places": ["blocks.0.mlp"]}
     search = find_alignment(graph, model, "open", data, **options)
-    assert search.best.site.place == "blocks.0.mlp"
+    assert search.best.location.place == "blocks.0.mlp"
     assert search.best.accuracy.effective.value > 0.99
-    assert abs(float(search.best.site.basis[:, 0] @ axes["open_33"][:, 0])) > 0.999
+    assert abs(float(search.best.location.basis[:, 0] @ axes["open_33"][:, 0])) > 0.999
     assert search.mislabelled[0].accuracy.effective.value < 0.2
     assert search.random_network[0].accuracy.effective.value < 0.5
 
@@ -624,19 +624,19 @@ def test_the_search_finds_the_direction_that_was_built_in():
     options = {"k": 1, "n_pairs": 64, "steps": 60}
     found = find_alignment(graph, BITS, "x", data, places=[HEAD, "embed"], **options)
     stream = find_alignment(graph, BITS, "x", data, places=["before unembed"], controls=False, **options)
-    assert [c.site.place for c in found.found] == ["embed", HEAD]
+    assert [c.location.place for c in found.found] == ["embed", HEAD]
     for candidate in (found.best, stream.best):
         assert candidate.accuracy.effective.value == 1.0
         assert candidate.accuracy.unchanged.value == 1.0
-        assert abs(float(candidate.site.basis[:, 0] @ directions[:, 0])) > 0.99
+        assert abs(float(candidate.location.basis[:, 0] @ directions[:, 0])) > 0.99
     assert found.found[1].accuracy.effective.value == 0.0
     assert found.random_network[0].accuracy.effective.value < 0.7
     assert found.mislabelled[0].accuracy.effective.value < 0.7
     rows = found.table()
-    assert [row["place"] for row in rows] == [c.site.place for c in found.found]
+    assert [row["place"] for row in rows] == [c.location.place for c in found.found]
     assert rows[0]["mislabelled"] < rows[0]["iia"]
     # and it stands on its own
-    again = interchange_accuracy(graph, BITS, {"x": found.best.site}, data, n_random=2)
+    again = interchange_accuracy(graph, BITS, {"x": found.best.location}, data, n_random=2)
     assert again.accuracy["x"].effective.value == 1.0
     assert again.table()[0]["elsewhere"] < 0.9
 
@@ -646,18 +646,18 @@ def test_two_variables_of_one_place_are_swapped_together():
     model = CausalModel(
         {"x": lambda tokens: tokens // 2, "y": lambda tokens: tokens % 2, "out": lambda x, y: 2 * x + y}, "out"
     )
-    sites = {"x": Site("embed", directions[:, :1]), "y": Site("embed", directions[:, 1:])}
-    found = interchange_accuracy(graph, model, sites, data, n_random=0)
+    locations = {"x": Location("embed", directions[:, :1]), "y": Location("embed", directions[:, 1:])}
+    found = interchange_accuracy(graph, model, locations, data, n_random=0)
     assert [a.effective.value for a in found.accuracy.values()] == [1.0, 1.0, 1.0]
     assert found.accuracy["x + y"].n_effective > found.accuracy["x"].n_effective
-    wrong = interchange_accuracy(graph, model, {"x": sites["y"], "y": sites["x"]}, data, n_random=0)
+    wrong = interchange_accuracy(graph, model, {"x": locations["y"], "y": locations["x"]}, data, n_random=0)
     assert wrong.accuracy["x + y"].effective.value < 0.7
 
 
 def test_a_place_with_few_directions_is_swapped_whole_and_starts_are_compared():
     graph, data, _ = two_bits()
     whole = find_alignment(graph, BITS, "x", data, k=2, places=["embed"], n_pairs=32, controls=False)
-    assert whole.best.site.basis is None
+    assert whole.best.location.basis is None
     assert whole.best.accuracy.effective.value < 1.0  # the low bit comes along
     assert whole.random_network == whole.mislabelled == ()
     options = {"k": 1, "places": ["embed"], "n_pairs": 32, "controls": False, "steps": 3}
@@ -670,8 +670,8 @@ def test_the_search_ranks_the_previous_token_head_first(induction):
     places = ["blocks.1.attn.head.1", HEAD]
     options = {"k": 16, "steps": 50, "n_pairs": 48, "batch_size": 16, "places": places, "controls": False}
     found = find_alignment(induction, INDUCTION, "previous", data, **options)
-    assert found.best.site.place == HEAD
-    assert found.best.site.dimension == 16
+    assert found.best.location.place == HEAD
+    assert found.best.location.dimension == 16
     assert found.best.accuracy.effective.value > 0.85
     assert all(c.accuracy.effective.value < 0.3 for c in found.found[1:])
 

@@ -18,7 +18,7 @@ from unweave.execution import PortPlan, StagePlan, Trace, plan_of
 from unweave.graph import Graph, Port, Stage
 from unweave.ops import Attention, Context, Core, FeatureCore, Norm, norm_bias
 
-__all__ = ["FROZEN", "check_frozen", "clean_pattern", "clean_scale", "freeze", "hold"]
+__all__ = ["FROZEN", "check_frozen", "clean_pattern", "clean_scale", "freeze", "stop_gradients"]
 
 FROZEN = ("none", "patterns", "patterns and norms")
 
@@ -143,7 +143,7 @@ def freeze(t: Trace, frozen: str) -> Graph:
     return _frozen(t.graph, t, frozen)
 
 
-def hold(graph: Graph, frozen: str) -> Graph:
+def stop_gradients(graph: Graph, frozen: str) -> Graph:
     """The same function, with gradients stopped at attention patterns (and norm scales).
 
     What nodes compute is unchanged; heads' queries and keys get no gradient, and a norm's Jacobian is s F with its

@@ -19,7 +19,7 @@ from unweave.circuits.dimensions import narrow_circuit
 from unweave.circuits.distance import Distance
 from unweave.data import TokenData
 from unweave.errors import InputError
-from unweave.freezing import check_frozen, hold
+from unweave.freezing import check_frozen, stop_gradients
 from unweave.graph import Graph
 from unweave.progress import counter
 from unweave.scope import Scope, divergence
@@ -403,7 +403,7 @@ class _Search:
     def _slope(self, keep: Tensor) -> Float[Tensor, "ports writers"]:
         """The first-order change of the divergence, in nats per token, when an edge carries what its writer writes."""
         d = self.distance
-        cut, total = hold(d.instead.cut(self.graph, keep), self.scores.frozen), torch.zeros(keep.shape)
+        cut, total = stop_gradients(d.instead.cut(self.graph, keep), self.scores.frozen), torch.zeros(keep.shape)
         for number, batch in enumerate(d.batches):
             other = d.other(number)
             t = differentiable_trace(cut, batch, other=other)

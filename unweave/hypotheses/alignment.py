@@ -15,14 +15,14 @@ from unweave.data import Batch
 from unweave.errors import InputError, ShapeError
 from unweave.scope import Positions, Scope, position_mask
 
-__all__ = ["Alignment", "Site", "Sites", "Swap", "match_positions", "one_at_random", "sites_of"]
+__all__ = ["Alignment", "Location", "Locations", "Swap", "match_positions", "one_at_random", "locations_of"]
 
 # large odd numbers, so that neighbouring sequences and positions get unrelated ranks
 MIX = (2654435761, 40503, 97531)
 
 
 @dataclass(frozen=True, eq=False)
-class Site:
+class Location:
     """A place in a network, or a subspace of it, that is said to hold a variable.
 
     Attributes:
@@ -76,26 +76,28 @@ class Site:
         return swapped
 
 
-Sites = Site | str | Sequence[Site | str]
-Alignment = Mapping[str, Sites]
+Locations = Location | str | Sequence[Location | str]
+Alignment = Mapping[str, Locations]
 
 
-def sites_of(sites: Sites) -> tuple[Site, ...]:
-    """The sites of one variable; a name alone stands for the whole of that place at all positions.
+def locations_of(locations: Locations) -> tuple[Location, ...]:
+    """The locations of one variable; a name alone stands for the whole of that place at all positions.
 
     Raises:
         InputError: none, or they differ in positions.
 
     Example:
-        >>> [site.place for site in sites_of(["blocks.0.mlp", Site("blocks.1.mlp")])]
+        >>> [location.place for location in locations_of(["blocks.0.mlp", Location("blocks.1.mlp")])]
         ['blocks.0.mlp', 'blocks.1.mlp']
     """
-    several = [sites] if isinstance(sites, Site | str) else list(sites)
-    found = tuple(Site(site) if isinstance(site, str) else site for site in several)
+    several = [locations] if isinstance(locations, Location | str) else list(locations)
+    found = tuple(Location(location) if isinstance(location, str) else location for location in several)
     if not found:
-        raise InputError("a variable needs at least one site")
-    if any(site.positions != found[0].positions for site in found):
-        raise InputError(f"the sites of one variable must have the same positions, got {[s.positions for s in found]}")
+        raise InputError("a variable needs at least one location")
+    if any(location.positions != found[0].positions for location in found):
+        raise InputError(
+            f"the locations of one variable must have the same positions, got {[s.positions for s in found]}"
+        )
     return found
 
 
@@ -142,7 +144,7 @@ def match_positions(positions: Positions, base: Batch, source: Batch) -> Swap:
 
 
 def one_at_random(among: Positions = "all", seed: int = 0) -> Callable[[Batch], Tensor]:
-    """Positions for a :class:`Site`: one per sequence, drawn from those marked.
+    """Positions for a :class:`Location`: one per sequence, drawn from those marked.
 
     Base and source draw apart, so that a value goes from one position to another: it has to mean the same there.
 

@@ -17,7 +17,7 @@ from unweave.errors import EmptyDataError, InputError, UnknownNameError
 from unweave.evaluation import Estimate
 from unweave.execution import run
 from unweave.graph import Graph
-from unweave.hypotheses.alignment import Alignment, Site, sites_of
+from unweave.hypotheses.alignment import Alignment, Location, locations_of
 from unweave.hypotheses.causal_model import CausalModel
 from unweave.hypotheses.pairs import (
     Answers,
@@ -61,7 +61,7 @@ class Interchange:
 
     Attributes:
         accuracy: by set of variables.
-        elsewhere: the same swaps at other places: random subspaces of as many dimensions where sites are subspaces,
+        elsewhere: the same swaps at other places: random subspaces of as many dimensions where locations are subspaces,
             else other nodes, whole; one that the variable is computed from may do as well. One accuracy per draw.
         mislabelled: the answers taken for another source than the one swapped in.
         agreement: how often network and hypothesis agree when nothing is swapped.
@@ -135,30 +135,32 @@ def _ratio(top: float, bottom: float) -> float:
 
 
 def homes_of(model: CausalModel, alignment: Alignment) -> Homes:
-    """The sites of every variable.
+    """The locations of every variable.
 
     Raises:
-        InputError: no variable, or unusable sites.
+        InputError: no variable, or unusable locations.
         UnknownNameError: the hypothesis has no such variable.
     """
     if not alignment:
         raise InputError("the alignment is empty: say where at least one variable lives")
     model.require(alignment)
-    return {name: sites_of(sites) for name, sites in alignment.items()}
+    return {name: locations_of(locations) for name, locations in alignment.items()}
 
 
 def random_homes(graph: Graph, homes: Homes, generator: torch.Generator) -> Homes:
-    """A random subspace of as many dimensions for each site that is one, another node for each that is whole."""
-    taken = {site.place for sites in homes.values() for site in sites}
+    """A random subspace of as many dimensions for each location that is one, another node for each that is whole."""
+    taken = {location.place for locations in homes.values() for location in locations}
     others = [node for node in graph.writers if node not in taken] or list(graph.writers)
 
-    def moved(site: Site) -> Site:
-        if site.basis is None:
-            return Site(others[int(torch.randint(len(others), (1,), generator=generator))], None, site.positions)
-        shape = site.basis.shape
-        return Site(site.place, torch.linalg.qr(torch.randn(shape, generator=generator)).Q, site.positions)
+    def moved(location: Location) -> Location:
+        if location.basis is None:
+            return Location(
+                others[int(torch.randint(len(others), (1,), generator=generator))], None, location.positions
+            )
+        shape = location.basis.shape
+        return Location(location.place, torch.linalg.qr(torch.randn(shape, generator=generator)).Q, location.positions)
 
-    return {name: tuple(moved(site) for site in sites) for name, sites in homes.items()}
+    return {name: tuple(moved(location) for location in locations) for name, locations in homes.items()}
 
 
 @torch.no_grad()
@@ -188,8 +190,8 @@ def interchange_accuracy(
     Only positions where the swap changes the hypothesis' answer tell anything; the others are counted apart.
 
     Args:
-        graph: uncut, or with edges cut to constants (then no site can be a residual stream).
-        alignment: variable -> a place, a :class:`Site` or several. What is not in it is not tested.
+        graph: uncut, or with edges cut to constants (then no location can be a residual stream).
+        alignment: variable -> a place, a :class:`Location` or several. What is not in it is not tested.
         data: the sequences to pair; use some that no search has seen.
         scope: which positions count; its quotient makes the answers classes.
         together: sets of variables swapped at once, each variable from a source of its own; by default each
@@ -203,7 +205,7 @@ def interchange_accuracy(
 
     Raises:
         UnknownNameError: an unknown variable or place.
-        InputError: an empty alignment, unusable sites or answers, a graph whose cut edges are resampled.
+        InputError: an empty alignment, unusable locations or answers, a graph whose cut edges are resampled.
         EmptyDataError: the hypothesis answers nowhere in the scope.
 
     Cost:
@@ -219,7 +221,7 @@ def interchange_accuracy(
         >>> model = CausalModel(
         ...     {"sum": lambda tokens: (tokens[:, 0] + tokens[:, 1]) % 113, "answer": lambda sum: sum}, "answer"
         ... )
-        >>> home = Site("blocks.0.mlp", positions="last")
+        >>> home = Location("blocks.0.mlp", positions="last")
         >>> result = interchange_accuracy(graph, model, {"sum": home}, data, unweave.Scope(positions="last"))
         >>> result.accuracy["sum"].effective.value > 0.9
         True
@@ -238,7 +240,7 @@ def interchange_accuracy(
     total = -(-len(pairs) // batch_size)
     for batch in track(pairs.batches(batch_size), "interchanges", total, show=progress):
         agreement.append(_agreement(graph, model, batch.base, answers))
-        places = [site for some in (homes, *there) for sites in some.values() for site in sites]
+        places = [location for some in (homes, *there) for locations in some.values() for location in locations]
         recorded = {name: record(graph, source, places) for name, source in batch.sources.items()}
         for name, members in sets.items():
             tallies[name].add(graph, model, [homes, *there], _only(batch, members), recorded, answers)

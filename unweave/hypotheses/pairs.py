@@ -15,7 +15,7 @@ from unweave.data import Batch, TokenData
 from unweave.errors import InputError, ShapeError
 from unweave.execution import run
 from unweave.graph import Graph
-from unweave.hypotheses.alignment import Site, match_positions
+from unweave.hypotheses.alignment import Location, match_positions
 from unweave.hypotheses.causal_model import CausalModel
 from unweave.scope import Scope, position_mask
 
@@ -32,7 +32,7 @@ __all__ = [
     "swapped_logits",
 ]
 
-Homes = Mapping[str, tuple[Site, ...]]
+Homes = Mapping[str, tuple[Location, ...]]
 Recorded = Mapping[str, Mapping[str, Tensor]]
 Patch = Callable[[Tensor], Tensor]
 
@@ -180,15 +180,15 @@ def _setter(apply: Callable[[Tensor, Tensor], Tensor], source: Tensor) -> Patch:
     return lambda value: apply(value, source)
 
 
-def record(graph: Graph, batch: Batch, sites: Iterable[Site]) -> Mapping[str, Tensor]:
-    """The values at some sites' places."""
-    return run(graph, batch.inputs, batch.mask, record={site.place for site in sites}).values
+def record(graph: Graph, batch: Batch, locations: Iterable[Location]) -> Mapping[str, Tensor]:
+    """The values at some locations' places."""
+    return run(graph, batch.inputs, batch.mask, record={location.place for location in locations}).values
 
 
 def swapped_logits(
     graph: Graph, homes: Homes, base: Batch, sources: Mapping[str, Batch], recorded: Recorded
 ) -> Float[Tensor, "batch pos d_out"]:
-    """The network's output when each variable's sites hold what they hold on its source.
+    """The network's output when each variable's locations hold what they hold on its source.
 
     Args:
         recorded: by variable and place, from :func:`record` on its source.
@@ -196,9 +196,9 @@ def swapped_logits(
     patch: dict[str, Patch] = {}
     for name, source in sources.items():
         swap = match_positions(homes[name][0].positions, base, source)
-        for site in homes[name]:
-            change = site.patch(swap, recorded[name][site.place])
-            patch[site.place] = _after(patch[site.place], change) if site.place in patch else change
+        for location in homes[name]:
+            change = location.patch(swap, recorded[name][location.place])
+            patch[location.place] = _after(patch[location.place], change) if location.place in patch else change
     return run(graph, base.inputs, base.mask, patch=patch).logits
 
 

@@ -16,7 +16,7 @@ from unweave.data import Batch, TokenData
 from unweave.errors import EmptyDataError, InputError
 from unweave.execution import BEFORE
 from unweave.graph import Graph
-from unweave.hypotheses.alignment import Site
+from unweave.hypotheses.alignment import Location
 from unweave.hypotheses.causal_model import CausalModel
 from unweave.hypotheses.interchange import Accuracy, Tally
 from unweave.hypotheses.pairs import Answers, Pairs, Verdict, draw_pairs, judge, record, swapped_logits
@@ -34,12 +34,12 @@ class Candidate:
     """A subspace found at one place.
 
     Attributes:
-        site: with its basis.
+        location: with its basis.
         accuracy: on held-out pairs.
         train_nats: the loss that the rotation reached, over the last tenth of its steps.
     """
 
-    site: Site
+    location: Location
     accuracy: Accuracy
     train_nats: float
 
@@ -68,16 +68,16 @@ class AlignmentSearch:
     def table(self) -> list[dict[str, Any]]:
         """Plain rows: place, dimensions, held-out iia with its interval, and the controls' at the same place."""
         controls = {
-            name: {c.site.place: c.accuracy.effective.value for c in found}
+            name: {c.location.place: c.accuracy.effective.value for c in found}
             for name, found in (("random_network", self.random_network), ("mislabelled", self.mislabelled))
         }
         return [
             {
-                "place": c.site.place,
-                "dimensions": c.site.dimension,
+                "place": c.location.place,
+                "dimensions": c.location.dimension,
                 **c.accuracy.effective.columns("iia"),
                 "unchanged": c.accuracy.unchanged.value,
-                **{name: at.get(c.site.place, float("nan")) for name, at in controls.items()},
+                **{name: at.get(c.location.place, float("nan")) for name, at in controls.items()},
             }
             for c in self.found
         ]
@@ -140,8 +140,8 @@ def find_alignment(
 
     Args:
         k: how many directions; a place with fewer coordinates is swapped whole.
-        places: which to search, as in :class:`Site`; by default :func:`search_places`.
-        positions: where in the sequence, as in :class:`Site`.
+        places: which to search, as in :class:`Location`; by default :func:`search_places`.
+        positions: where in the sequence, as in :class:`Location`.
         held_out: a share of the sequences, or how many.
         n_pairs: of training sequences, and of held-out ones.
         steps, learning_rate: of Adam; the rate falls to zero linearly.
@@ -173,7 +173,7 @@ def find_alignment(
         ... )
         >>> options = {"k": 16, "places": ["embed"], "positions": (0,), "steps": 80, "controls": False}
         >>> found = find_alignment(graph, model, "a", data, scope=unweave.Scope(positions="last"), **options)
-        >>> found.best.site.dimension, found.best.accuracy.effective.value > 0.5
+        >>> found.best.location.dimension, found.best.accuracy.effective.value > 0.5
         (16, True)
 
     Source:
@@ -195,8 +195,8 @@ def find_alignment(
     jobs = [(number, *run, place) for number, run in enumerate(runs) for place in where]
     results: list[list[Candidate]] = [[], [], []]
     for number, network, (to_fit, to_test), place in track(jobs, f"searching {variable}", len(jobs), show=progress):
-        site, nats = _best_site(network, task, Site(place, positions=positions), to_fit, fit)
-        results[number].append(Candidate(site, _held_out(network, task, site, to_test, drawn[1], seed), nats))
+        location, nats = _best_location(network, task, Location(place, positions=positions), to_fit, fit)
+        results[number].append(Candidate(location, _held_out(network, task, location, to_test, drawn[1], seed), nats))
     ranked = (tuple(sorted(found, key=_rank, reverse=True)) for found in results)
     return AlignmentSearch(variable, *ranked)
 
@@ -234,7 +234,7 @@ class _Task(NamedTuple):
 
     def judged(self, pairs: Pairs, batch_size: int, *, wrong: bool) -> list[_Judged]:
         """What the hypothesis says; on sources other than those swapped in where it is to be wrong."""
-        homes = {self.variable: (Site("", positions=self.positions),)}
+        homes = {self.variable: (Location("", positions=self.positions),)}
         out = [
             _Judged(base, sources, judge(self.model, homes, base, others if wrong else sources, self.answers))
             for base, sources, others in pairs.batches(batch_size)
@@ -246,47 +246,53 @@ class _Task(NamedTuple):
             )
         return out
 
-    def source_value(self, graph: Graph, site: Site, batch: _Judged) -> Float[Tensor, "batch pos d"]:
+    def source_value(self, graph: Graph, location: Location, batch: _Judged) -> Float[Tensor, "batch pos d"]:
         """What the place holds on the sources."""
-        return record(graph, batch.sources[self.variable], [site])[site.place]
+        return record(graph, batch.sources[self.variable], [location])[location.place]
 
-    def logits(self, graph: Graph, site: Site, batch: _Judged, value: Tensor) -> Float[Tensor, "batch pos d_out"]:
+    def logits(
+        self, graph: Graph, location: Location, batch: _Judged, value: Tensor
+    ) -> Float[Tensor, "batch pos d_out"]:
         """The network's output with that swapped in."""
-        recorded = {self.variable: {site.place: value}}
-        return swapped_logits(graph, {self.variable: (site,)}, batch.base, batch.sources, recorded)
+        recorded = {self.variable: {location.place: value}}
+        return swapped_logits(graph, {self.variable: (location,)}, batch.base, batch.sources, recorded)
 
-    def loss(self, graph: Graph, site: Site, batch: _Judged, value: Tensor) -> Float[Tensor, ""]:
+    def loss(self, graph: Graph, location: Location, batch: _Judged, value: Tensor) -> Float[Tensor, ""]:
         """Mean nats over effective positions plus mean nats over unchanged ones."""
-        nats = self.answers.compare(self.logits(graph, site, batch, value), batch.verdict.answer)[1]
+        nats = self.answers.compare(self.logits(graph, location, batch, value), batch.verdict.answer)[1]
         parts = [batch.verdict.effective, batch.verdict.unchanged]
         means = [nats[chosen.to(nats.device)].mean() for chosen in parts if bool(chosen.any())]
         return torch.stack(means).sum() if means else nats.sum() * 0
 
 
 @torch.no_grad()
-def _held_out(graph: Graph, task: _Task, site: Site, judged: list[_Judged], pairs: Pairs, seed: int) -> Accuracy:
+def _held_out(
+    graph: Graph, task: _Task, location: Location, judged: list[_Judged], pairs: Pairs, seed: int
+) -> Accuracy:
     tally = Tally()
     for batch in judged:
-        value = task.source_value(graph, site, batch)
-        tally.add(batch.verdict, task.logits(graph, site, batch, value), task.answers)
+        value = task.source_value(graph, location, batch)
+        tally.add(batch.verdict, task.logits(graph, location, batch, value), task.answers)
     return tally.accuracy(pairs, seed)
 
 
 @torch.no_grad()
-def _best_site(graph: Graph, task: _Task, site: Site, judged: list[_Judged], fit: _Fit) -> tuple[Site, float]:
-    """The site with the best basis of all starts, and its loss; whole where fewer than k directions differ."""
-    values = [task.source_value(graph, site, batch) for batch in judged]
-    span = _span(site, judged, values)
+def _best_location(
+    graph: Graph, task: _Task, location: Location, judged: list[_Judged], fit: _Fit
+) -> tuple[Location, float]:
+    """The location with the best basis of all starts, and its loss; whole where fewer than k directions differ."""
+    values = [task.source_value(graph, location, batch) for batch in judged]
+    span = _span(location, judged, values)
     if fit.k >= span.shape[1]:
-        losses = [float(task.loss(graph, site, *known)) for known in zip(judged, values, strict=True)]
-        return site, sum(losses) / len(losses)
-    starts = (_learn(graph, task, site, (judged, values), span, fit, fit.seed + i) for i in range(fit.n_starts))
+        losses = [float(task.loss(graph, location, *known)) for known in zip(judged, values, strict=True)]
+        return location, sum(losses) / len(losses)
+    starts = (_learn(graph, task, location, (judged, values), span, fit, fit.seed + i) for i in range(fit.n_starts))
     return min(starts, key=lambda learned: learned[1])
 
 
-def _span(site: Site, judged: list[_Judged], values: list[Tensor]) -> Float[Tensor, "d rank"]:
+def _span(location: Location, judged: list[_Judged], values: list[Tensor]) -> Float[Tensor, "d rank"]:
     """The directions in which the place's values differ at all; the others could only wake what never happens."""
-    scope, rows = Scope(positions=site.positions), []
+    scope, rows = Scope(positions=location.positions), []
     for batch, value in zip(judged, values, strict=True):
         (source,) = batch.sources.values()
         rows.append(value[position_mask(scope, source).to(value.device)])
@@ -299,13 +305,13 @@ def _span(site: Site, judged: list[_Judged], values: list[Tensor]) -> Float[Tens
 def _learn(
     graph: Graph,
     task: _Task,
-    site: Site,
+    location: Location,
     known: tuple[list[_Judged], list[Tensor]],
     span: Float[Tensor, "d rank"],
     fit: _Fit,
     seed: int,
-) -> tuple[Site, float]:
-    """The site with the basis that training finds in a span, and the loss it reached."""
+) -> tuple[Location, float]:
+    """The location with the basis that training finds in a span, and the loss it reached."""
     generator = torch.Generator().manual_seed(seed)
     columns = torch.randn(span.shape[1], fit.k, generator=generator).to(span.device)
     columns = torch.linalg.qr(columns).Q.requires_grad_()
@@ -316,7 +322,7 @@ def _learn(
         optimiser.param_groups[0]["lr"] = fit.learning_rate * (1 - step / fit.steps)
         batch, value = batches[int(torch.randint(len(batches), (1,), generator=generator))]
         with torch.enable_grad():
-            moved = dataclasses.replace(site, basis=span @ torch.linalg.qr(columns).Q)
+            moved = dataclasses.replace(location, basis=span @ torch.linalg.qr(columns).Q)
             loss = task.loss(graph, moved, batch, value)
             (columns.grad,) = torch.autograd.grad(loss, [columns])
         optimiser.step()
@@ -325,4 +331,4 @@ def _learn(
             columns.copy_(torch.linalg.qr(columns).Q)
         losses.append(float(loss.detach()))
     last = losses[-max(1, fit.steps // 10) :]
-    return dataclasses.replace(site, basis=span @ columns.detach()), sum(last) / len(last)
+    return dataclasses.replace(location, basis=span @ columns.detach()), sum(last) / len(last)

@@ -14,7 +14,7 @@ from unweave.ablation import Means, Replacement, batch_trace
 from unweave.data import Batch, TokenData
 from unweave.errors import InputError
 from unweave.execution import Trace
-from unweave.freezing import hold
+from unweave.freezing import stop_gradients
 from unweave.graph import Graph
 from unweave.scope import Scope, divergence, metric
 from unweave.scoring.effects import calibrate, measure_edges
@@ -102,7 +102,7 @@ def score_edges(
         raise InputError('edges of this graph carry only some dimensions: measure them with method="exact"')
     if samples < 1 or steps < 1 or measure_top < 0:
         raise InputError("samples and steps must be at least 1 and measure_top at least 0")
-    scope, held = scope or Scope(), hold(graph, frozen)
+    scope, held = scope or Scope(), stop_gradients(graph, frozen)
     options: dict[str, Any] = {"batch_size": batch_size, "progress": progress}
     instead, data = replacement(graph, data, ablation, means=means, seed=seed, **options)
     options["checkpoint"] = checkpoint
