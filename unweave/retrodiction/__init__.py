@@ -11,6 +11,7 @@ from unweave.retrodiction import (
     induction,
     learning_coefficient,
     packing,
+    polygons,
     superposition,
 )
 from unweave.retrodiction.claims import Phenomenon, Quantity, over_seeds
@@ -21,6 +22,7 @@ __all__ = ["PHENOMENA", "Phenomenon", "Quantity", "over_seeds", "reproduce"]
 PHENOMENA: dict[str, Phenomenon] = {
     "superposition": superposition.PHENOMENON,
     "packing": packing.PHENOMENON,
+    "polygons": polygons.PHENOMENON,
     "grokking": grokking.PHENOMENON,
     "groups": groups.PHENOMENON,
     "induction": induction.PHENOMENON,
