@@ -259,10 +259,3 @@ def test_the_phenomenon_gives_a_quantity_for_every_claim(monkeypatch):
     # parts are found whatever the network has learnt
     assert by_name["5-2 MMCS"].value > 0.99
     assert by_name["40-10 ML2R"].value == pytest.approx(1, abs=0.01)
-
-
-def test_sticking_is_the_worst_of_the_best_span():
-    inverse = phenomenon.INVERSE_DENSITIES
-    flat = [0.5 if 1.8 <= v <= 3.6 else 1.0 for v in inverse]
-    assert phenomenon._sticks(flat) == 0
-    assert phenomenon._sticks([0.5 + 0.1 * (v != 2.2) for v in inverse]) == pytest.approx(0.1)

@@ -10,6 +10,8 @@ from unweave.retrodiction import (
     groups,
     induction,
     learning_coefficient,
+    packing,
+    polygons,
     superposition,
 )
 from unweave.retrodiction.claims import Phenomenon, Quantity, over_seeds
@@ -19,6 +21,8 @@ __all__ = ["PHENOMENA", "Phenomenon", "Quantity", "over_seeds", "reproduce"]
 
 PHENOMENA: dict[str, Phenomenon] = {
     "superposition": superposition.PHENOMENON,
+    "packing": packing.PHENOMENON,
+    "polygons": polygons.PHENOMENON,
     "grokking": grokking.PHENOMENON,
     "groups": groups.PHENOMENON,
     "induction": induction.PHENOMENON,

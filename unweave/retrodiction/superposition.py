@@ -18,25 +18,19 @@ from torch import Tensor
 
 from unweave.capture import capture
 from unweave.data import float_data
-from unweave.features import dimensionality, features_per_dimension, node_components, recovery
+from unweave.features import dimensionality, node_components, recovery
 from unweave.graph import Graph
 from unweave.retrodiction.claims import Phenomenon, Quantity, over_seeds
 from unweave.scope import Scope
 from unweave.zoo import superposition as toy
 from unweave.zoo.mlp import linear_layers
 
-__all__ = ["PHENOMENON", "measure", "phase_border"]
+__all__ = ["PHENOMENON", "Claim", "directions", "graphs", "measure", "phase_border", "trained"]
 
 STARTS = 6
 STEPS = 3000
 FRESH = 8000
 REPRESENTED = 0.5
-# digon, triangle, tetrahedron, pentagon, square antiprism, and a dimension of one's own
-NAMED = (1 / 2, 2 / 3, 3 / 4, 2 / 5, 3 / 8, 1.0)
-NEAR = 0.02
-# inverse densities of the many features; the paper has 400 features in 30 dimensions
-INVERSE_DENSITIES = (1.0, 1.4, 1.8, 2.2, 2.8, 3.6, 5.0, 10.0)
-MANY, ROOM = 80, 8
 BORDERS = (0.5, 1.0)
 
 
@@ -66,26 +60,6 @@ CLAIMS = {
     ),
     "jump": Claim(
         "largest step of the weaker feature's squared length at the change", PICTURE + "discontinuous", (0.3, math.inf)
-    ),
-    "own": Claim(
-        "dimensions per feature, uniform, dense",
-        PICTURE + "sticks at 1",
-        (0.9, 1.1),
-        f"{MANY} features in {ROOM} dimensions instead of 400 in 30, here and in the next three",
-    ),
-    "plateau": Claim(
-        "largest distance of dimensions per feature from 1/2 over a factor of 2 in density",
-        PICTURE + "sticks at 1/2",
-        (0.0, 0.05),
-    ),
-    "halves": Claim(
-        "share of features with dimensionality 1/2 +- 0.02 at density 1/2.2", PICTURE + "antipodal pairs", (0.5, 1.0)
-    ),
-    "named": Claim(
-        "share within 0.02 of 3/8, 2/5, 1/2, 2/3, 3/4 or 1, of features above 0.3",
-        PICTURE + "clusters",
-        (0.5, 1.0),
-        "uniform values in [0.3, 1] would give 0.29",
     ),
     "top": Claim("features represented, 20 in 5 dimensions, dense", "5, as principal components would", (4.5, 5.5)),
     "ordered": Claim(
@@ -135,30 +109,30 @@ def _figures(seed: int) -> dict[str, float]:
     five = _best(0.05, torch.ones(5), 2, seed)
     forty = _best(0.05, torch.ones(40), 10, seed, starts=1)
     parts = _recovered("5-2", five, 5, seed) | _recovered("40-10", forty, 40, seed)
-    return shown | _pentagon(five) | _phase_change(seed) | _many(seed) | _by_importance(seed) | parts
+    return shown | _pentagon(five) | _phase_change(seed) | _by_importance(seed) | parts
 
 
 def _pentagon(graph: Graph) -> dict[str, float]:
-    w = _directions(graph)
+    w = directions(graph)
     angles = torch.rad2deg(torch.atan2(w[1], w[0])).sort().values
     gaps = torch.cat([angles.diff(), angles[:1] + 360 - angles[-1:]])
     return {"degrees": float((gaps - 72).abs().max()), "pentagon": float(dimensionality(w).mean())}
 
 
-def _directions(graph: Graph) -> Float[Tensor, "hidden features"]:
+def directions(graph: Graph) -> Float[Tensor, "hidden features"]:
     return graph.stages[graph.where["layers.0"][0]].ports[0].reads[0].map.dense().detach()
 
 
 def _lengths(graph: Graph) -> Float[Tensor, " features"]:
-    return _directions(graph).square().sum(0)
+    return directions(graph).square().sum(0)
 
 
-def _trained(density: Tensor, importance: Tensor, hidden: int, seed: int, **options: int) -> toy.Instances:
+def trained(density: Tensor, importance: Tensor, hidden: int, seed: int, **options: int) -> toy.Instances:
     *_, (_, _, models) = toy.train_instances(density, importance, hidden, seed=seed, **{"steps": STEPS, **options})
     return models
 
 
-def _graphs(models: toy.Instances) -> list[Graph]:
+def graphs(models: toy.Instances) -> list[Graph]:
     return [capture(toy.as_model(w, b)) for w, b in zip(*models, strict=True)]
 
 
@@ -172,7 +146,7 @@ def _picked(models: toy.Instances, density: Tensor, importance: Tensor, starts: 
 
 def _best(density: float, importance: Tensor, hidden: int, seed: int, starts: int = STARTS) -> Graph:
     p = torch.full((starts,), density)
-    return _graphs(_picked(_trained(p, importance, hidden, seed), p, importance, starts, seed))[0]
+    return graphs(_picked(trained(p, importance, hidden, seed), p, importance, starts, seed))[0]
 
 
 def _phase_change(seed: int, starts: int = 3) -> dict[str, float]:
@@ -181,42 +155,18 @@ def _phase_change(seed: int, starts: int = 3) -> dict[str, float]:
     for r in BORDERS:
         grid = phase_border(r) * torch.logspace(-0.3, 0.24, 19)
         p, importance = grid.repeat_interleave(starts), torch.tensor([1.0, r])
-        models = _picked(_trained(p, importance, 1, seed, batch=256), p, importance, starts, seed)
-        weaker = torch.stack([_lengths(graph).min() for graph in _graphs(models)])
+        models = _picked(trained(p, importance, 1, seed, batch=256), p, importance, starts, seed)
+        weaker = torch.stack([_lengths(graph).min() for graph in graphs(models)])
         shared = grid[weaker > REPRESENTED]
         ratios.append(float(shared.max()) / phase_border(r) if len(shared) else math.nan)
         steps.append(float(weaker.diff().abs().max()))
     return {"border": sum(ratios) / len(ratios), "jump": min(steps)}
 
 
-def _many(seed: int) -> dict[str, float]:
-    """Many features of equal importance: dimensions per feature by density, and the dimensionality of each."""
-    p = 1 / torch.tensor(INVERSE_DENSITIES)
-    directions = [_directions(g) for g in _graphs(_trained(p, torch.ones(MANY), ROOM, seed, batch=256))]
-    found = torch.stack([dimensionality(w) for w in directions])
-    real = found[found > 0.3]
-    near = (real[:, None] - torch.tensor(NAMED)).abs().min(1).values < NEAR
-    halves = (found[INVERSE_DENSITIES.index(2.2)] - 0.5).abs() < NEAR
-    per_feature = [1 / features_per_dimension(w) for w in directions]
-    return {
-        "own": per_feature[0],
-        "plateau": _sticks(per_feature),
-        "halves": float(halves.float().mean()),
-        "named": float(near.float().mean()),
-    }
-
-
-def _sticks(per_feature: Sequence[float]) -> float:
-    """The least, over spans of at least a factor of 2 in density, of the largest distance from 1/2."""
-    inverse = INVERSE_DENSITIES
-    spans = [(i, j) for i in range(len(inverse)) for j in range(len(inverse)) if inverse[j] >= 2 * inverse[i]]
-    return min(max(abs(v - 0.5) for v in per_feature[i : j + 1]) for i, j in spans)
-
-
 def _by_importance(seed: int) -> dict[str, float]:
     """20 features of importance 0.7^i in 5 dimensions at four densities."""
     p, importance = torch.tensor([1.0, 0.3, 0.1, 0.03]), 0.7 ** torch.arange(20.0)
-    shown = torch.stack([_lengths(g) > REPRESENTED for g in _graphs(_trained(p, importance, 5, seed))])
+    shown = torch.stack([_lengths(g) > REPRESENTED for g in graphs(trained(p, importance, 5, seed))])
     first, second = torch.triu_indices(20, 20, 1)
     ordered = (shown[:, first] >= shown[:, second]).float().mean()
     counts = shown.sum(1)
@@ -228,13 +178,13 @@ def _recovered(name: str, graph: Graph, n: int, seed: int) -> dict[str, float]:
     generator = torch.Generator().manual_seed(seed)
     turn = torch.linalg.qr(torch.randn(n, n, generator=generator))[0]
     x = toy.features(4000, torch.tensor([0.05]), n, generator)[0]
-    w = _directions(graph)
+    w = directions(graph)
     model = toy.as_model(w, _bias(graph))
     linear_layers(model)[0].weight.data = w @ turn.T
     scope = Scope(divergence="gaussian")
     turned = capture(model)
     found = node_components(turned, "layers.0", float_data(x @ turn.T), scope=scope, seed=seed, progress=False)
-    match = recovery(found, _directions(turned), turn)
+    match = recovery(found, directions(turned), turn)
     return {f"{name} MMCS": match.mmcs, f"{name} ML2R": match.ml2r}
 
 
@@ -248,5 +198,5 @@ PHENOMENON = Phenomenon(
     "Sparse features share dimensions: phase change, polytopes, the important first",
     "Elhage et al. 2022, Toy Models of Superposition; components: Bushnaq et al. 2025",
     measure,
-    minutes=6.0,
+    minutes=4.0,
 )
