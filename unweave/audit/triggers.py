@@ -1,0 +1,459 @@
+"""Short runs of tokens that make a graph and its model disagree in whatever text they are put: planted triggers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+import torch
+from einops import rearrange
+from jaxtyping import Bool, Float, Int
+from scipy import stats
+from torch import Tensor
+
+from unweave.audit.inputs import Compared, check_texts
+from unweave.data import TokenData
+from unweave.errors import InputError
+from unweave.graph import Graph
+from unweave.progress import counter
+from unweave.scope import Scope
+
+__all__ = ["Trigger", "Triggers", "search_triggers"]
+
+# runs of the last round, which are measured on texts of its own
+KEPT = 16
+# a round keeps one run in so many
+ETA = 4
+# random runs, with which each text is compared
+DRAWS = 8
+# inputs in one batch
+ROWS = 256
+
+
+class Trigger(NamedTuple):
+    """A run of tokens, and what it does to texts that the search had not used.
+
+    Attributes:
+        tokens: the run.
+        excess_nats: nats per text beyond what its tokens add one by one; low, high: its 95% interval over texts.
+        nats: nats per text from the run on.
+        score: the excess in standard deviations of other runs; with several graphs, the least of them.
+        p_value: how likely one of all runs scores as high if none is a trigger.
+        n_texts: how many texts it was put in.
+    """
+
+    tokens: tuple[int, ...]
+    excess_nats: float
+    low: float
+    high: float
+    nats: float
+    score: float
+    p_value: float
+    n_texts: int
+
+
+@dataclass(frozen=True, eq=False)
+class Triggers:
+    """What a search for triggers found.
+
+    Attributes:
+        runs: those of the last round, highest score first.
+        ranked: all runs that were screened, best first: those of the last round, then those of the round before, ...
+        n_runs: how many runs there are.
+        exhaustive: whether all of them were screened.
+        evaluations: how many texts were run on the model and every graph.
+        rounds: (runs, texts that each was put in) of each round.
+    """
+
+    runs: tuple[Trigger, ...]
+    ranked: Int[Tensor, "screened length"]
+    n_runs: int
+    exhaustive: bool
+    evaluations: int
+    rounds: tuple[tuple[int, int], ...]
+
+    def __repr__(self) -> str:
+        best = self.runs[0]
+        return (
+            f"Triggers({len(self.ranked):,} of {self.n_runs:,} runs screened; first {best.tokens}: "
+            f"{best.excess_nats:.3g} nats beyond its tokens, p = {best.p_value:.2g})"
+        )
+
+    def table(self) -> list[dict[str, Any]]:
+        """One plain row per run of the last round."""
+        return [run._asdict() for run in self.runs]
+
+    def rank(self, tokens: Sequence[int]) -> int | None:
+        """The place of a run among those screened, from 1; None if it was not.
+
+        Example:
+            >>> import torch
+            >>> Triggers((), torch.tensor([[3, 1], [1, 2]]), 9, False, 0, ()).rank((1, 2))
+            2
+        """
+        same = (self.ranked == torch.tensor(list(tokens))).all(1).nonzero()
+        return int(same[0, 0]) + 1 if len(same) else None
+
+
+def search_triggers(
+    graph: Graph,
+    original: Graph,
+    texts: TokenData,
+    scope: Scope | None = None,
+    *,
+    others: Sequence[Graph] = (),
+    length: int = 2,
+    at: Literal["anywhere", "start"] = "anywhere",
+    budget: int = 20_000,
+    seed: int = 0,
+    fixed: int = 0,
+    vocabulary: Collection[int] | None = None,
+    exhaustive: bool | None = None,
+    progress: bool | None = None,
+) -> Triggers:
+    """Search the runs of tokens whose insertion adds most nats, beyond what their tokens add one by one.
+
+    One odd text is odd for many reasons; a trigger acts in whatever text it is put. A run r takes the place of as many
+    tokens of a text, and D(r) is the sum of the divergence of the graph from the model from its last token on. As a
+    trigger is a conjunction, a run counts by D(r) - D(*) - sum_i (D(r_i with * elsewhere) - D(*)), where * are random
+    tokens (for single tokens: D(r) - D(*)), all in the same texts at the same places: how odd its tokens are cancels.
+
+    All runs are screened if half of the budget allows; else candidates: half at random, half by gradients in random
+    runs that hold one token each (to first order, what another token in the other place adds beyond its mean). Each
+    round then keeps a quarter, on other texts and places; the last one is measured on texts that no round has used.
+
+    Args:
+        graph: the explanation; original: the model, captured.
+        texts: real texts, best not those that the graph was fitted on; half are kept for the last round.
+        scope: its positions must not be a label, which new inputs do not have.
+        others: more explanations of the same model, best of other sizes: what is odd differs between them, what the
+            model does and none of them has does not. A run then counts by its least score.
+        length: tokens of a run.
+        at: "anywhere" puts it at random places, "start" at the beginning, after the fixed tokens.
+        budget: how many texts are run on the model and the graphs, at most; with a gradient, a text counts twice.
+        seed: of everything random; the same seed finds the same.
+        fixed: how many tokens at the beginning are never changed.
+        vocabulary: the tokens that a run may hold; by default all.
+        exhaustive: force all runs or candidates.
+
+    Returns:
+        :class:`Triggers`.
+
+    Raises:
+        InputError: a budget too small, texts too short or fewer than four, positions by label, unusable tokens.
+
+    Cost:
+        ``budget`` runs of the model and of each graph on single texts, in batches of 256.
+
+    Exact?
+        Nats are measured. The p value takes the tail of the scores for exponential, as fitted to the highest twentieth
+        of the screened runs (random ones, where not all) but for the tenth of these that is highest, and multiplies by
+        the number of all runs; on models without a trigger it is checked, not proved (see the log). A trigger that
+        gradients do not see is missed where not all runs are screened.
+
+    Example:
+        >>> import unweave
+        >>> graph = unweave.capture("zoo:induction")
+        >>> data = unweave.load_data("zoo:induction", limit=16)
+        >>> small = unweave.compress(graph, data, size=0.5)
+        >>> found = search_triggers(small, graph, data, length=1, budget=600)
+        >>> found.exhaustive, found.n_runs, found.evaluations <= 600
+        (True, 48, True)
+
+    Source: Wallace et al. 2019, "Universal Adversarial Triggers for Attacking and Analyzing NLP"; Jamieson and
+    Talwalkar 2016, "Non-stochastic Best Arm Identification" (successive halving).
+    """
+    check_texts(texts, fixed, length)
+    compared = Compared(original, (graph, *others), scope or Scope())
+    words = _words(vocabulary, compared.vocabulary)
+    _check(texts, length, at, budget)
+    with counter("searching triggers", -(-budget // ROWS), show=progress) as count:
+        search = _Search(compared, texts, words, length, at == "start", fixed, budget, seed, count)
+        return search.find(exhaustive)
+
+
+def _words(vocabulary: Collection[int] | None, size: int) -> Int[Tensor, " words"]:
+    if vocabulary is None:
+        return torch.arange(size)
+    words = torch.tensor(sorted(set(vocabulary)), dtype=torch.int64)
+    if len(words) < 2 or int(words[0]) < 0 or int(words[-1]) >= size:
+        raise InputError(f"vocabulary must hold at least 2 of the {size} token ids, got {len(words)} ids")
+    return words
+
+
+def _check(texts: TokenData, length: int, at: str, budget: int) -> None:
+    if length < 1:
+        raise InputError(f"length must be at least 1, got {length}")
+    if at not in ("anywhere", "start"):
+        raise InputError(f"at must be 'anywhere' or 'start', got {at!r}")
+    if len(texts) < 4:
+        raise InputError(f"a search for triggers needs at least 4 texts, got {len(texts)}")
+    least = 10 * (KEPT * (1 + length) + DRAWS)
+    if budget < least:
+        raise InputError(f"budget must be at least {least} for runs of {length} tokens, got {budget}")
+
+
+class _Texts(NamedTuple):
+    """Texts, and where the run goes in each."""
+
+    tokens: Int[Tensor, "texts pos"]
+    mask: Bool[Tensor, "texts pos"]
+    place: Int[Tensor, " texts"]
+
+
+class _Measured(NamedTuple):
+    """Of every run in every text."""
+
+    nats: Float[Tensor, "graphs runs texts"]
+    excess: Float[Tensor, "graphs runs texts"]
+
+
+class _Tail(NamedTuple):
+    """The distribution of the scores of runs that are no triggers: n exp(-(score - threshold) / scale) above it."""
+
+    threshold: float
+    scale: float
+    n: float
+
+    def p_value(self, score: float) -> float:
+        return -math.expm1(-self.n * math.exp(min(0.0, (self.threshold - score) / self.scale)))
+
+
+@dataclass
+class _Search:
+    compared: Compared
+    texts: TokenData
+    words: Int[Tensor, " words"]
+    length: int
+    start: bool
+    fixed: int
+    budget: int
+    seed: int
+    count: Callable[[], None]
+    evaluations: int = 0
+
+    def __post_init__(self) -> None:
+        self.generator = torch.Generator().manual_seed(self.seed)
+        order = torch.randperm(len(self.texts), generator=self.generator)
+        half = len(order) // 2
+        self.last_texts, self.round_texts = order[:half], order[half:]
+        self.n_runs = len(self.words) ** self.length
+
+    @property
+    def left(self) -> int:
+        return self.budget - self.evaluations
+
+    def find(self, exhaustive: bool | None) -> Triggers:
+        """Screen, halve, and measure what is left."""
+        every = self.cost(self.n_runs, self.length * len(self.words))
+        full = every <= self.budget // 2 if exhaustive is None else exhaustive
+        if full and every > self.budget // 2:
+            raise InputError(f"all {self.n_runs:,} runs cost at least {2 * every:,} evaluations, got {self.budget:,}")
+        runs, n_random = (self.every_run(), self.n_runs) if full else self.candidates()
+        sizes = [len(runs)]
+        while sizes[-1] > KEPT:
+            sizes.append(max(KEPT, sizes[-1] // ETA))
+        rounds: list[tuple[int, int]] = []
+        dropped: list[Tensor] = []
+        for k, size in enumerate(sizes):
+            last = k == len(sizes) - 1
+            measured = self.measure(runs, self.draw_texts(self.n_texts(runs, len(sizes) - k), last))
+            if k == 0:
+                random = measured.excess[:, :n_random].mean(2)
+                scale = _deviation(random)
+                tail = _tail((random / scale).amin(0), self.n_runs)
+            score = (measured.excess.mean(2) / scale).amin(0)
+            order = score.sort(descending=True, stable=True).indices
+            rounds.append((size, measured.nats.shape[2]))
+            if not last:
+                dropped.append(runs[order[sizes[k + 1] :]])
+                runs = runs[order[: sizes[k + 1]]]
+        found = self.rows(runs, measured, score, tail)
+        ranked = torch.cat([runs[order], *reversed(dropped)])
+        best = tuple(found[i] for i in order.tolist())
+        return Triggers(best, ranked, self.n_runs, full, self.evaluations, tuple(rounds))
+
+    def rows(
+        self, runs: Int[Tensor, "runs length"], measured: _Measured, score: Float[Tensor, " runs"], tail: _Tail | None
+    ) -> list[Trigger]:
+        """What is said of each run of the last round."""
+        n = measured.nats.shape[2]
+        mean, nats = measured.excess[0].mean(1), measured.nats[0].mean(1)
+        wide = torch.full_like(mean, torch.inf)
+        if n > 1:
+            wide = stats.t.ppf(0.975, n - 1) * measured.excess[0].std(1) / n**0.5
+        p_values = [tail.p_value(value) if tail else math.nan for value in score.tolist()]
+        columns = (mean.tolist(), (mean - wide).tolist(), (mean + wide).tolist(), nats.tolist(), score.tolist())
+        rows = zip(map(tuple, runs.tolist()), *columns, p_values, [n] * len(runs), strict=True)
+        return [Trigger(*row) for row in rows]
+
+    # ---- what is screened ----
+
+    def every_run(self) -> Int[Tensor, "runs length"]:
+        return torch.cartesian_prod(*[self.words] * self.length).view(-1, self.length)
+
+    def random_runs(self, *shape: int) -> Int[Tensor, "... length"]:
+        return self.words[torch.randint(len(self.words), (*shape, self.length), generator=self.generator)]
+
+    def candidates(self) -> tuple[Int[Tensor, "runs length"], int]:
+        """(random runs, then those that gradients propose; how many are random)."""
+        n = max(KEPT // 2, self.budget // (15 * (1 + self.length)) // 2)
+        proposed = self.propose(n)
+        runs = torch.cat([self.random_runs(n), proposed])
+        seen: dict[tuple[int, ...], int] = {}
+        for i, row in enumerate(runs.tolist()):
+            seen.setdefault(tuple(row), i)
+        rows = torch.tensor(list(seen.values()))
+        return runs[rows], int((rows < n).sum())
+
+    def propose(self, n: int) -> Int[Tensor, "proposed length"]:
+        """Runs, token by token: one that is given, the others each by what they add to first order."""
+        steps = max(1, self.length - 1)
+        share = self.budget // 3 // steps
+        runs, pinned = self.singles(max(1, share // 4))
+        for _ in range(steps):
+            runs, pinned = runs[: max(1, share // 2)], pinned[: max(1, share // 2)]
+            chosen = self.draw_texts(max(1, min(share // (2 * len(runs)), len(self.round_texts))))
+            runs, pinned = self.extend(runs, pinned, self.gains(runs, chosen), n)
+        return runs
+
+    def singles(self, n: int) -> tuple[Int[Tensor, "runs length"], Bool[Tensor, "runs length"]]:
+        """Random runs, each with one token in one place given (none, where a run is one token)."""
+        place, word = torch.cartesian_prod(torch.arange(self.length), self.words).unbind(1)
+        rows = torch.randperm(len(place), generator=self.generator)[:n]
+        runs = self.random_runs(len(rows))
+        runs[torch.arange(len(rows)), place[rows]] = word[rows]
+        pinned = torch.arange(self.length) == place[rows][:, None]
+        return runs, pinned & (self.length > 1)
+
+    def gains(self, runs: Int[Tensor, "runs length"], chosen: _Texts) -> Float[Tensor, "runs length words"]:
+        """What each token in each place of a run would add, to first order, as a mean over texts."""
+        n, n_texts = len(runs), len(chosen.place)
+        total = torch.zeros(n * n_texts, self.length, len(self.words))
+        for rows in torch.arange(n * n_texts).split(ROWS):
+            tokens, mask, places = self.inputs(runs[rows // n_texts], chosen, rows % n_texts)
+            nats, leaves = self.compared.nats(tokens, mask, differentiate=True)
+            counted = torch.arange(tokens.shape[1]) >= places[:, -1:]
+            gradients = torch.autograd.grad((nats * counted).sum(), leaves)
+            for gradient, (_, table) in zip(gradients, self.compared.embeddings, strict=True):
+                here = gradient[torch.arange(len(rows))[:, None], places]
+                gain = (here @ table[self.words].to(here).mT).float().cpu()
+                current = torch.searchsorted(self.words, tokens.gather(1, places))
+                total[rows] += gain - gain.gather(2, current[..., None])
+            self.evaluations += 2 * len(rows)
+            self.count()
+        return total.view(n, n_texts, self.length, -1).mean(1)
+
+    def extend(
+        self,
+        runs: Int[Tensor, "runs length"],
+        pinned: Bool[Tensor, "runs length"],
+        gains: Float[Tensor, "runs length words"],
+        n: int,
+    ) -> tuple[Int[Tensor, "proposed length"], Bool[Tensor, "proposed length"]]:
+        """The best n substitutions in places that are not given: a token counts by its gain beyond its mean gain."""
+        beyond = gains - gains.mean(2, keepdim=True)
+        for place in range(self.length):
+            free = ~pinned[:, place]
+            if self.length > 1 and bool(free.any()):
+                beyond[free, place] -= beyond[free, place].mean(0)
+        beyond.masked_fill_(pinned[..., None], -torch.inf)
+        best = beyond.flatten().topk(min(n, int(beyond.isfinite().sum()))).indices
+        row, where, word = torch.unravel_index(best, beyond.shape)
+        runs, pinned = runs[row], pinned[row]
+        runs[torch.arange(len(row)), where] = self.words[word]
+        pinned[torch.arange(len(row)), where] = True
+        return runs, pinned
+
+    # ---- measuring ----
+
+    def cost(self, n: int, singles: int) -> int:
+        """Evaluations per text of so many runs with so many single tokens."""
+        return n + (singles * self.draws(n, singles) if self.length > 1 else 0) + DRAWS
+
+    @staticmethod
+    def draws(n: int, singles: int) -> int:
+        """Random runs that each single token is put in, per text: a quarter of the cost where runs are many."""
+        return max(1, min(DRAWS, n // (4 * singles)))
+
+    def n_texts(self, runs: Int[Tensor, "runs length"], rounds_left: int) -> int:
+        cost = self.cost(len(runs), len(_single_tokens(runs)[0]))
+        return max(1, self.left // rounds_left // cost)
+
+    def draw_texts(self, n: int, last: bool = False) -> _Texts:
+        """Texts, each again only when all were drawn, with a place in each."""
+        pool = self.last_texts if last else self.round_texts
+        orders = [pool[torch.randperm(len(pool), generator=self.generator)] for _ in range(-(-n // len(pool)))]
+        rows = torch.cat(orders)[:n]
+        mask = self.texts.mask[rows]
+        place = torch.full((n,), self.fixed)
+        if not self.start:
+            free = mask.sum(1) - self.length - self.fixed + 1
+            place += (torch.rand(n, generator=self.generator) * free).long()
+        return _Texts(self.texts.tokens[rows].long(), mask, place)
+
+    def inputs(
+        self, runs: Int[Tensor, "n length"], chosen: _Texts, text: Int[Tensor, " n"]
+    ) -> tuple[Int[Tensor, "n pos"], Bool[Tensor, "n pos"], Int[Tensor, "n length"]]:
+        """(texts with a run in each, their mask, where the run is)."""
+        places = chosen.place[text][:, None] + torch.arange(self.length)
+        return chosen.tokens[text].scatter(1, places, runs), chosen.mask[text], places
+
+    def nats(self, runs: Int[Tensor, "runs texts length"], chosen: _Texts) -> Float[Tensor, "graphs runs texts"]:
+        """D of each run in each text."""
+        flat, n_texts = rearrange(runs, "runs texts length -> (runs texts) length"), runs.shape[1]
+        out = []
+        for rows in torch.arange(len(flat)).split(ROWS):
+            tokens, mask, places = self.inputs(flat[rows], chosen, rows % n_texts)
+            counted = torch.arange(tokens.shape[1]) >= places[:, -1:]
+            out.append((self.compared.nats(tokens, mask)[0] * counted).sum(2))
+            self.evaluations += len(rows)
+            self.count()
+        return rearrange(torch.cat(out, 1), "graphs (runs texts) -> graphs runs texts", texts=n_texts)
+
+    def measure(self, runs: Int[Tensor, "runs length"], chosen: _Texts) -> _Measured:
+        """Nats of each run, and beyond random runs and what single tokens add to those."""
+        n_texts = len(chosen.place)
+        nats = self.nats(runs[:, None].expand(-1, n_texts, -1), chosen)
+        excess = nats - self.nats(self.random_runs(DRAWS, n_texts), chosen).mean(1, keepdim=True)
+        if self.length > 1:
+            single, which = _single_tokens(runs)
+            draws = self.draws(len(runs), len(single))
+            partners = self.random_runs(len(single), draws, n_texts)
+            place = single[:, 0, None, None, None].expand(*partners.shape[:3], 1)
+            partners.scatter_(3, place, single[:, 1, None, None, None].expand_as(place))
+            alone = self.nats(rearrange(partners, "single draws texts length -> (single draws) texts length"), chosen)
+            added = rearrange(alone, "graphs (single draws) texts -> graphs single draws texts", draws=draws).mean(2)
+            added = added - (nats - excess)[:, :1]
+            excess = excess - added[:, which].sum(2)
+        return _Measured(nats, excess)
+
+
+def _single_tokens(
+    runs: Int[Tensor, "runs length"],
+) -> tuple[Int[Tensor, "single 2"], Int[Tensor, "runs length"]]:
+    """(place and token of everything that runs hold, which of them each run holds)."""
+    place = torch.arange(runs.shape[1]).expand_as(runs)
+    single, which = torch.stack([place, runs], -1).flatten(0, 1).unique(dim=0, return_inverse=True)
+    return single, which.view_as(runs)
+
+
+def _deviation(values: Float[Tensor, "graphs runs"]) -> Float[Tensor, "graphs 1"]:
+    """The standard deviation by that of the median, which no trigger moves."""
+    distance = (values - values.median(1, keepdim=True).values).abs()
+    return (1.4826 * distance.median(1, keepdim=True).values).clamp(min=torch.finfo(values.dtype).tiny)
+
+
+def _tail(scores: Float[Tensor, " runs"], n_runs: int) -> _Tail | None:
+    """An exponential tail fitted to the highest twentieth but for its highest tenth; None if there are too few."""
+    top = len(scores) // 20
+    if top < 10:
+        return None
+    ordered = scores.sort(descending=True).values
+    left_out = top // 10
+    beyond = ordered[left_out:top] - ordered[top]
+    # maximum likelihood where those left out are only known to be higher
+    scale = float((beyond.sum() + left_out * beyond[0]) / (top - left_out))
+    return _Tail(float(ordered[top]), max(scale, 1e-12), n_runs * top / len(scores))
