@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 import torch
-from einops import rearrange
 from jaxtyping import Bool, Float, Int
 from scipy import stats
 from torch import Tensor
 
 from unweave.audit.inputs import Compared, check_texts
+from unweave.audit.insertions import DRAWS, ROWS, Insertions, Measured, single_tokens
 from unweave.data import TokenData
 from unweave.errors import InputError
 from unweave.graph import Graph
@@ -26,10 +26,6 @@ __all__ = ["Trigger", "Triggers", "search_triggers"]
 KEPT = 16
 # a round keeps one run in so many
 ETA = 4
-# random runs, with which each text is compared
-DRAWS = 8
-# inputs in one batch
-ROWS = 256
 
 
 class Trigger(NamedTuple):
@@ -170,8 +166,8 @@ def search_triggers(
     words = _words(vocabulary, compared.vocabulary)
     _check(texts, length, at, budget)
     with counter("searching triggers", -(-budget // ROWS), show=progress) as count:
-        search = _Search(compared, texts, words, length, at == "start", fixed, budget, seed, count)
-        return search.find(exhaustive)
+        put = Insertions(compared, texts, words, length, at == "start", fixed, seed, count)
+        return _Search(put, budget).find(exhaustive)
 
 
 def _words(vocabulary: Collection[int] | None, size: int) -> Int[Tensor, " words"]:
@@ -195,21 +191,6 @@ def _check(texts: TokenData, length: int, at: str, budget: int) -> None:
         raise InputError(f"budget must be at least {least} for runs of {length} tokens, got {budget}")
 
 
-class _Texts(NamedTuple):
-    """Texts, and where the run goes in each."""
-
-    tokens: Int[Tensor, "texts pos"]
-    mask: Bool[Tensor, "texts pos"]
-    place: Int[Tensor, " texts"]
-
-
-class _Measured(NamedTuple):
-    """Of every run in every text."""
-
-    nats: Float[Tensor, "graphs runs texts"]
-    excess: Float[Tensor, "graphs runs texts"]
-
-
 class _Tail(NamedTuple):
     """The distribution of the scores of runs that are no triggers: n exp(-(score - threshold) / scale) above it."""
 
@@ -223,35 +204,22 @@ class _Tail(NamedTuple):
 
 @dataclass
 class _Search:
-    compared: Compared
-    texts: TokenData
-    words: Int[Tensor, " words"]
-    length: int
-    start: bool
-    fixed: int
+    put: Insertions
     budget: int
-    seed: int
-    count: Callable[[], None]
-    evaluations: int = 0
-
-    def __post_init__(self) -> None:
-        self.generator = torch.Generator().manual_seed(self.seed)
-        order = torch.randperm(len(self.texts), generator=self.generator)
-        half = len(order) // 2
-        self.last_texts, self.round_texts = order[:half], order[half:]
-        self.n_runs = len(self.words) ** self.length
 
     @property
     def left(self) -> int:
-        return self.budget - self.evaluations
+        return self.budget - self.put.evaluations
 
     def find(self, exhaustive: bool | None) -> Triggers:
         """Screen, halve, and measure what is left."""
-        every = self.cost(self.n_runs, self.length * len(self.words))
+        put = self.put
+        n_runs = len(put.words) ** put.length
+        every = put.cost(n_runs, put.length * len(put.words))
         full = every <= self.budget // 2 if exhaustive is None else exhaustive
         if full and every > self.budget // 2:
-            raise InputError(f"all {self.n_runs:,} runs cost at least {2 * every:,} evaluations, got {self.budget:,}")
-        runs, n_random = (self.every_run(), self.n_runs) if full else self.candidates()
+            raise InputError(f"all {n_runs:,} runs cost at least {2 * every:,} evaluations, got {self.budget:,}")
+        runs, n_random = (put.every_run(), n_runs) if full else self.candidates()
         sizes = [len(runs)]
         while sizes[-1] > KEPT:
             sizes.append(max(KEPT, sizes[-1] // ETA))
@@ -259,49 +227,33 @@ class _Search:
         dropped: list[Tensor] = []
         for k, size in enumerate(sizes):
             last = k == len(sizes) - 1
-            measured = self.measure(runs, self.draw_texts(self.n_texts(runs, len(sizes) - k), last))
+            # half of all for the first round, whose scores also say what is to be expected of runs
+            share = self.left // (len(sizes) - k if k or last else 2)
+            measured = put.measure(runs, put.draw_texts(self.n_texts(runs, share), last=last))
             if k == 0:
                 random = measured.excess[:, :n_random].mean(2)
                 scale = _deviation(random)
-                tail = _tail((random / scale).amin(0), self.n_runs)
+                tail = _tail((random / scale).amin(0), n_runs)
             score = (measured.excess.mean(2) / scale).amin(0)
             order = score.sort(descending=True, stable=True).indices
             rounds.append((size, measured.nats.shape[2]))
             if not last:
                 dropped.append(runs[order[sizes[k + 1] :]])
                 runs = runs[order[: sizes[k + 1]]]
-        found = self.rows(runs, measured, score, tail)
+        found = _rows(runs, measured, score, tail)
         ranked = torch.cat([runs[order], *reversed(dropped)])
         best = tuple(found[i] for i in order.tolist())
-        return Triggers(best, ranked, self.n_runs, full, self.evaluations, tuple(rounds))
+        return Triggers(best, ranked, n_runs, full, put.evaluations, tuple(rounds))
 
-    def rows(
-        self, runs: Int[Tensor, "runs length"], measured: _Measured, score: Float[Tensor, " runs"], tail: _Tail | None
-    ) -> list[Trigger]:
-        """What is said of each run of the last round."""
-        n = measured.nats.shape[2]
-        mean, nats = measured.excess[0].mean(1), measured.nats[0].mean(1)
-        wide = torch.full_like(mean, torch.inf)
-        if n > 1:
-            wide = stats.t.ppf(0.975, n - 1) * measured.excess[0].std(1) / n**0.5
-        p_values = [tail.p_value(value) if tail else math.nan for value in score.tolist()]
-        columns = (mean.tolist(), (mean - wide).tolist(), (mean + wide).tolist(), nats.tolist(), score.tolist())
-        rows = zip(map(tuple, runs.tolist()), *columns, p_values, [n] * len(runs), strict=True)
-        return [Trigger(*row) for row in rows]
-
-    # ---- what is screened ----
-
-    def every_run(self) -> Int[Tensor, "runs length"]:
-        return torch.cartesian_prod(*[self.words] * self.length).view(-1, self.length)
-
-    def random_runs(self, *shape: int) -> Int[Tensor, "... length"]:
-        return self.words[torch.randint(len(self.words), (*shape, self.length), generator=self.generator)]
+    def n_texts(self, runs: Int[Tensor, "runs length"], share: int) -> int:
+        """How many texts so many evaluations are enough for; one at least."""
+        return max(1, share // self.put.cost(len(runs), len(single_tokens(runs)[0])))
 
     def candidates(self) -> tuple[Int[Tensor, "runs length"], int]:
         """(random runs, then those that gradients propose; how many are random)."""
-        n = max(KEPT // 2, self.budget // (15 * (1 + self.length)) // 2)
+        n = max(KEPT // 2, self.budget // (8 * (1 + self.put.length)) // 2)
         proposed = self.propose(n)
-        runs = torch.cat([self.random_runs(n), proposed])
+        runs = torch.cat([self.put.random_runs(n), proposed])
         seen: dict[tuple[int, ...], int] = {}
         for i, row in enumerate(runs.tolist()):
             seen.setdefault(tuple(row), i)
@@ -310,41 +262,23 @@ class _Search:
 
     def propose(self, n: int) -> Int[Tensor, "proposed length"]:
         """Runs, token by token: one that is given, the others each by what they add to first order."""
-        steps = max(1, self.length - 1)
+        steps = max(1, self.put.length - 1)
         share = self.budget // 3 // steps
         runs, pinned = self.singles(max(1, share // 4))
         for _ in range(steps):
             runs, pinned = runs[: max(1, share // 2)], pinned[: max(1, share // 2)]
-            chosen = self.draw_texts(max(1, min(share // (2 * len(runs)), len(self.round_texts))))
-            runs, pinned = self.extend(runs, pinned, self.gains(runs, chosen), n)
+            chosen = self.put.draw_texts(max(1, share // (2 * len(runs))))
+            runs, pinned = self.extend(runs, pinned, self.put.gains(runs, chosen), n)
         return runs
 
     def singles(self, n: int) -> tuple[Int[Tensor, "runs length"], Bool[Tensor, "runs length"]]:
         """Random runs, each with one token in one place given (none, where a run is one token)."""
-        place, word = torch.cartesian_prod(torch.arange(self.length), self.words).unbind(1)
-        rows = torch.randperm(len(place), generator=self.generator)[:n]
-        runs = self.random_runs(len(rows))
+        place, word = torch.cartesian_prod(torch.arange(self.put.length), self.put.words).unbind(1)
+        rows = torch.randperm(len(place), generator=self.put.generator)[:n]
+        runs = self.put.random_runs(len(rows))
         runs[torch.arange(len(rows)), place[rows]] = word[rows]
-        pinned = torch.arange(self.length) == place[rows][:, None]
-        return runs, pinned & (self.length > 1)
-
-    def gains(self, runs: Int[Tensor, "runs length"], chosen: _Texts) -> Float[Tensor, "runs length words"]:
-        """What each token in each place of a run would add, to first order, as a mean over texts."""
-        n, n_texts = len(runs), len(chosen.place)
-        total = torch.zeros(n * n_texts, self.length, len(self.words))
-        for rows in torch.arange(n * n_texts).split(ROWS):
-            tokens, mask, places = self.inputs(runs[rows // n_texts], chosen, rows % n_texts)
-            nats, leaves = self.compared.nats(tokens, mask, differentiate=True)
-            counted = torch.arange(tokens.shape[1]) >= places[:, -1:]
-            gradients = torch.autograd.grad((nats * counted).sum(), leaves)
-            for gradient, (_, table) in zip(gradients, self.compared.embeddings, strict=True):
-                here = gradient[torch.arange(len(rows))[:, None], places]
-                gain = (here @ table[self.words].to(here).mT).float().cpu()
-                current = torch.searchsorted(self.words, tokens.gather(1, places))
-                total[rows] += gain - gain.gather(2, current[..., None])
-            self.evaluations += 2 * len(rows)
-            self.count()
-        return total.view(n, n_texts, self.length, -1).mean(1)
+        pinned = torch.arange(self.put.length) == place[rows][:, None]
+        return runs, pinned & (self.put.length > 1)
 
     def extend(
         self,
@@ -355,89 +289,32 @@ class _Search:
     ) -> tuple[Int[Tensor, "proposed length"], Bool[Tensor, "proposed length"]]:
         """The best n substitutions in places that are not given: a token counts by its gain beyond its mean gain."""
         beyond = gains - gains.mean(2, keepdim=True)
-        for place in range(self.length):
+        for place in range(self.put.length):
             free = ~pinned[:, place]
-            if self.length > 1 and bool(free.any()):
+            if self.put.length > 1 and bool(free.any()):
                 beyond[free, place] -= beyond[free, place].mean(0)
         beyond.masked_fill_(pinned[..., None], -torch.inf)
         best = beyond.flatten().topk(min(n, int(beyond.isfinite().sum()))).indices
         row, where, word = torch.unravel_index(best, beyond.shape)
         runs, pinned = runs[row], pinned[row]
-        runs[torch.arange(len(row)), where] = self.words[word]
+        runs[torch.arange(len(row)), where] = self.put.words[word]
         pinned[torch.arange(len(row)), where] = True
         return runs, pinned
 
-    # ---- measuring ----
 
-    def cost(self, n: int, singles: int) -> int:
-        """Evaluations per text of so many runs with so many single tokens."""
-        return n + (singles * self.draws(n, singles) if self.length > 1 else 0) + DRAWS
-
-    @staticmethod
-    def draws(n: int, singles: int) -> int:
-        """Random runs that each single token is put in, per text: a quarter of the cost where runs are many."""
-        return max(1, min(DRAWS, n // (4 * singles)))
-
-    def n_texts(self, runs: Int[Tensor, "runs length"], rounds_left: int) -> int:
-        cost = self.cost(len(runs), len(_single_tokens(runs)[0]))
-        return max(1, self.left // rounds_left // cost)
-
-    def draw_texts(self, n: int, last: bool = False) -> _Texts:
-        """Texts, each again only when all were drawn, with a place in each."""
-        pool = self.last_texts if last else self.round_texts
-        orders = [pool[torch.randperm(len(pool), generator=self.generator)] for _ in range(-(-n // len(pool)))]
-        rows = torch.cat(orders)[:n]
-        mask = self.texts.mask[rows]
-        place = torch.full((n,), self.fixed)
-        if not self.start:
-            free = mask.sum(1) - self.length - self.fixed + 1
-            place += (torch.rand(n, generator=self.generator) * free).long()
-        return _Texts(self.texts.tokens[rows].long(), mask, place)
-
-    def inputs(
-        self, runs: Int[Tensor, "n length"], chosen: _Texts, text: Int[Tensor, " n"]
-    ) -> tuple[Int[Tensor, "n pos"], Bool[Tensor, "n pos"], Int[Tensor, "n length"]]:
-        """(texts with a run in each, their mask, where the run is)."""
-        places = chosen.place[text][:, None] + torch.arange(self.length)
-        return chosen.tokens[text].scatter(1, places, runs), chosen.mask[text], places
-
-    def nats(self, runs: Int[Tensor, "runs texts length"], chosen: _Texts) -> Float[Tensor, "graphs runs texts"]:
-        """D of each run in each text."""
-        flat, n_texts = rearrange(runs, "runs texts length -> (runs texts) length"), runs.shape[1]
-        out = []
-        for rows in torch.arange(len(flat)).split(ROWS):
-            tokens, mask, places = self.inputs(flat[rows], chosen, rows % n_texts)
-            counted = torch.arange(tokens.shape[1]) >= places[:, -1:]
-            out.append((self.compared.nats(tokens, mask)[0] * counted).sum(2))
-            self.evaluations += len(rows)
-            self.count()
-        return rearrange(torch.cat(out, 1), "graphs (runs texts) -> graphs runs texts", texts=n_texts)
-
-    def measure(self, runs: Int[Tensor, "runs length"], chosen: _Texts) -> _Measured:
-        """Nats of each run, and beyond random runs and what single tokens add to those."""
-        n_texts = len(chosen.place)
-        nats = self.nats(runs[:, None].expand(-1, n_texts, -1), chosen)
-        excess = nats - self.nats(self.random_runs(DRAWS, n_texts), chosen).mean(1, keepdim=True)
-        if self.length > 1:
-            single, which = _single_tokens(runs)
-            draws = self.draws(len(runs), len(single))
-            partners = self.random_runs(len(single), draws, n_texts)
-            place = single[:, 0, None, None, None].expand(*partners.shape[:3], 1)
-            partners.scatter_(3, place, single[:, 1, None, None, None].expand_as(place))
-            alone = self.nats(rearrange(partners, "single draws texts length -> (single draws) texts length"), chosen)
-            added = rearrange(alone, "graphs (single draws) texts -> graphs single draws texts", draws=draws).mean(2)
-            added = added - (nats - excess)[:, :1]
-            excess = excess - added[:, which].sum(2)
-        return _Measured(nats, excess)
-
-
-def _single_tokens(
-    runs: Int[Tensor, "runs length"],
-) -> tuple[Int[Tensor, "single 2"], Int[Tensor, "runs length"]]:
-    """(place and token of everything that runs hold, which of them each run holds)."""
-    place = torch.arange(runs.shape[1]).expand_as(runs)
-    single, which = torch.stack([place, runs], -1).flatten(0, 1).unique(dim=0, return_inverse=True)
-    return single, which.view_as(runs)
+def _rows(
+    runs: Int[Tensor, "runs length"], measured: Measured, score: Float[Tensor, " runs"], tail: _Tail | None
+) -> list[Trigger]:
+    """What is said of each run of the last round."""
+    n = measured.nats.shape[2]
+    mean, nats = measured.excess[0].mean(1), measured.nats[0].mean(1)
+    wide = torch.full_like(mean, torch.inf)
+    if n > 1:
+        wide = stats.t.ppf(0.975, n - 1) * measured.excess[0].std(1) / n**0.5
+    p_values = [tail.p_value(value) if tail else math.nan for value in score.tolist()]
+    columns = (mean.tolist(), (mean - wide).tolist(), (mean + wide).tolist(), nats.tolist(), score.tolist())
+    rows = zip(map(tuple, runs.tolist()), *columns, p_values, [n] * len(runs), strict=True)
+    return [Trigger(*row) for row in rows]
 
 
 def _deviation(values: Float[Tensor, "graphs runs"]) -> Float[Tensor, "graphs 1"]:
