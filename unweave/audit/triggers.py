@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -101,7 +101,7 @@ def search_triggers(
     *,
     others: Sequence[Graph] = (),
     length: int = 2,
-    at: Literal["anywhere", "start"] = "anywhere",
+    at: str = "anywhere",
     budget: int = 20_000,
     seed: int = 0,
     fixed: int = 0,
