@@ -175,7 +175,7 @@ def test_the_search_agrees_with_brute_force(backdoor: Pair) -> None:
     measured = [trigger.excess_nats for trigger in found.runs]
     wanted = [float(table.flatten()[runs.index(list(trigger.tokens))]) for trigger in found.runs]
     assert np.corrcoef(measured, wanted)[0, 1] > 0.8
-    assert found.runs[0].low < wanted[0] < found.runs[0].high + 0.2
+    assert found.runs[0].excess_nats_low < wanted[0] < found.runs[0].excess_nats_high + 0.2
     assert [t.score for t in found.runs] == sorted((t.score for t in found.runs), reverse=True)
     assert [list(t.tokens) for t in found.runs] == found.ranked[:16].tolist()
     assert found.rank(best[0]) == 1
@@ -191,7 +191,7 @@ def test_a_search_is_bounded_and_repeatable(backdoor: Pair, length: int, budget:
     graph, model = backdoor
     options: dict[str, Any] = {"length": length, "budget": budget, "exhaustive": exhaustive, "progress": False}
     found, again = (search_triggers(graph, model, padded(40), seed=2, **options) for _ in range(2))
-    assert found.runs == again.runs or any(math.isnan(t.p_value) for t in found.runs)
+    assert found.runs == again.runs or any(math.isnan(t.p) for t in found.runs)
     assert [t[:5] for t in found.runs] == [t[:5] for t in again.runs]
     assert torch.equal(found.ranked, again.ranked)
     other = search_triggers(graph, model, padded(40), **{**options, "seed": 3})
@@ -238,10 +238,10 @@ def explained_by_itself() -> Pair:
 def test_the_clean_twin_and_the_model_itself_give_nothing() -> None:
     graph, model = explained("no_secret")
     found = search_triggers(graph, model, texts(200, 26), budget=6000, progress=False)
-    assert found.runs[0].p_value > 0.01
+    assert found.runs[0].p > 0.01
     same = search_triggers(model, model, texts(40, 26), budget=3000, vocabulary=range(16), progress=False)
     assert all(abs(t.excess_nats) < 1e-9 for t in same.runs)
-    assert same.runs[0].p_value > 0.01
+    assert same.runs[0].p > 0.01
 
 
 def test_other_graphs_count_by_the_least(backdoor: Pair) -> None:

@@ -33,20 +33,21 @@ class Trigger(NamedTuple):
 
     Attributes:
         tokens: the run.
-        excess_nats: nats per text beyond what its tokens add one by one; low, high: its 95% interval over texts.
+        excess_nats: nats per text beyond what its tokens add one by one.
+        excess_nats_low, excess_nats_high: its 95% interval over texts.
         nats: nats per text from the run on.
         score: the excess in standard deviations of other runs; with several graphs, the least of them.
-        p_value: how likely one of all runs scores as high if none is a trigger.
+        p: how likely one of all runs scores as high if none is a trigger.
         n_texts: how many texts it was put in.
     """
 
     tokens: tuple[int, ...]
     excess_nats: float
-    low: float
-    high: float
+    excess_nats_low: float
+    excess_nats_high: float
     nats: float
     score: float
-    p_value: float
+    p: float
     n_texts: int
 
 
@@ -74,7 +75,7 @@ class Triggers:
         best = self.runs[0]
         return (
             f"Triggers({len(self.ranked):,} of {self.n_runs:,} runs screened; first {best.tokens}: "
-            f"{best.excess_nats:.3g} nats beyond its tokens, p = {best.p_value:.2g})"
+            f"{best.excess_nats:.3g} nats beyond its tokens, p = {best.p:.2g})"
         )
 
     def table(self) -> list[dict[str, Any]]:

@@ -104,9 +104,9 @@ def _print_triggers(searches: Sequence[Mapping[str, Any]], tokens: list[str], to
         for name in ("nats per text beyond its tokens", "p"):
             table.add_column(name, justify="right")
         for run in found["runs"][:top]:
-            excess = {"value": run["excess_nats"], "low": run["low"], "high": run["high"]}
+            excess = {"value": run["excess_nats"], "low": run["excess_nats_low"], "high": run["excess_nats_high"]}
             pair = " ".join(repr(tokens[i]) for i in run["tokens"])
-            table.add_row(escape(pair), plain_interval(excess), number(run["p_value"], 2))
+            table.add_row(escape(pair), plain_interval(excess), number(run["p"], 2))
         console.print(table)
 
 

@@ -186,11 +186,11 @@ class TriggerRow(TypedDict):
 
     tokens: list[int]
     excess_nats: Number
-    low: Number
-    high: Number
+    excess_nats_low: Number
+    excess_nats_high: Number
     nats: Number
     score: Number
-    p_value: Number
+    p: Number
     n_texts: int
 
 
