@@ -135,8 +135,8 @@ def triggers() -> str:
     text = (
         f"the rank of the planted pair among all {result['n_pairs']:,} after {result['budget']:,} texts run on model"
         f" and graphs (sizes {' and '.join(map(str, result['sizes']))}, refined), with pairs put anywhere or at the"
-        " start; p of the pair ranked first, which in a twin should be evenly spread or larger; and whether single inputs"
-        " found with as many texts hold what was planted"
+        " start; p of the pair ranked first, which in a twin should be evenly spread or larger; and whether"
+        " single inputs found with as many texts hold what was planted"
     )
     head = ["secret", "put", *ways, "p, one graph", "p, two graphs", "search_inputs", "at random"]
     missing = f"\n\nNot run: {', '.join(result['not_run'])}." if result["not_run"] else ""
