@@ -6,7 +6,7 @@ Models and explanations are those of benchmarks/audit.py: seed 0 is the bundled 
 FOLDER, or taken from there. A row is a secret and a seed, or a twin. A search is told neither the secret nor where it
 stands: runs are put anywhere and at the start, with BUDGET texts for each. Beside ours, with the same number of texts:
 every pair in as many texts, ranked by plain nats; and, ranking single texts, ``search_inputs`` and clean texts with a
-random pair each. All choices were made on models of seed 10, and of twins 10 to 12.
+random pair each. All choices were made on models of seed 10, and of twins 11 and 12.
 """
 
 from __future__ import annotations
