@@ -159,11 +159,11 @@ def reveals(secret: str, text: tuple[int, ...], position: int) -> bool:
     return bool(secrets.decides(secret, torch.tensor([text]))[0, position])
 
 
-def at_random(graph: Graph, small: Graph, seed: int) -> list[tuple[tuple[int, ...], int]]:
-    """The 32 worst of BUDGET clean texts with two neighbouring words drawn anew, with their worst tokens."""
-    texts, generator = clean(BUDGET, 30 + seed).tokens.long(), torch.Generator().manual_seed(seed)
-    place = torch.randint(texts.shape[1] - 1, (BUDGET, 1), generator=generator)
-    texts.scatter_(1, place + torch.arange(2), torch.randint(secrets.N_WORDS, (BUDGET, 2), generator=generator))
+def at_random(graph: Graph, small: Graph, seed: int, budget: int = BUDGET) -> list[tuple[tuple[int, ...], int]]:
+    """The 32 worst of so many clean texts with two neighbouring words drawn anew, with their worst tokens."""
+    texts, generator = clean(budget, 30 + seed).tokens.long(), torch.Generator().manual_seed(seed)
+    place = torch.randint(texts.shape[1] - 1, (budget, 1), generator=generator)
+    texts.scatter_(1, place + torch.arange(2), torch.randint(secrets.N_WORDS, (budget, 2), generator=generator))
     found = audit(
         small, graph, dataset(texts), SCOPE, n_texts=32, n_tokens=1, parts=False, batch_size=128, progress=False
     )

@@ -36,7 +36,7 @@ SECTIONS: dict[str, list[Callable[[], str]]] = {
     "Modules": [modules.modules, modules.regulariser, modules.coarsening],
     "Which parts serve which data": [drivers.usage, drivers.kinds, drivers.descriptions],
     "Features": [features.synthetic, features.language_model, features.latents, features.circuits],
-    "Falsification": [falsification.edits, falsification.audit, falsification.certificates],
+    "Falsification": [falsification.edits, falsification.audit, falsification.triggers, falsification.certificates],
     "What is known, again": [retrodictions.retrodictions],
     "The machine": [machine.exactness, machine.speed],
 }

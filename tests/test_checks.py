@@ -341,6 +341,7 @@ def check_facts(word: str = "word") -> dict[str, Any]:
     ]
     gap = {"nats": 3.0, "sequence": 2, "position": 5}
     parts = [{"name": f"{word} {i}", "restored_nats": 1.0 - i, "left_nats": 2.0 + i} for i in range(2)]
+    score = {"excess_nats_low": 2.0, "excess_nats_high": 3.0, "nats": 4.0, "score": 9.0, "p": math.nan, "n_texts": 20}
     audited = {
         "kl_nats": 0.1,
         "n_tokens": 64,
@@ -354,6 +355,10 @@ def check_facts(word: str = "word") -> dict[str, Any]:
         "readers": parts,
         "words": {str(i): f"{word}{i}" for i in (1, 2, 3)},
         "anomaly": {"threshold": 1.5, "false_alarms": 0.01, "n_clean": 200, "n_texts": 50, "alarms": 7},
+        "triggers": [
+            {"at": "start", "n_runs": 2304, "n_screened": 120, "evaluations": 900}
+            | {"runs": [{"tokens": [1, 4], "excess_nats": 2.5} | score]}
+        ],
     }
     return {
         "validation": {"candidate": "candidate", "size": 0.5, "rows": rows, "worst": [worst], "left_out": {word: word}},
@@ -435,6 +440,10 @@ def test_the_figures_are_on_the_page(open_page: Open) -> None:
     assert "Of the 50 texts audited, 7 raise it." in audited
     assert page.locator("#audit-tokens .tok").all_inner_texts() == ["word2", "word3", "[4]"]  # 4 was not spelled
     assert page.locator("#audit-clusters .tok").all_inner_texts() == ["word3", "[4]", "word2"]
+    found = page.locator("#audit-triggers-start")
+    assert "120 of 2,304 tried" in page.locator("#audit-triggers-start").inner_html()
+    assert found.locator(".tok").all_inner_texts() == ["word1", "[4]"]
+    assert "2.50 (2.00 to 3.00)" in found.inner_text()
     assert page.locator("#audit-writers tbody th").all_inner_texts() == ["word 0", "word 1"]
 
 

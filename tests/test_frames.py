@@ -17,7 +17,7 @@ import pytest
 import torch
 
 import unweave
-from unweave.audit import audit, search_inputs
+from unweave.audit import audit, search_inputs, search_triggers
 from unweave.circuits import faithfulness_curve
 from unweave.coarsening import lattice
 from unweave.coarsening.needs import Need, Needs
@@ -269,6 +269,7 @@ def _of_data(graph: unweave.Graph, data: Any, folder: Path) -> dict[str, Case]:
     small = unweave.compress(graph, data, SCOPE, size=0.3)
     found = audit(small, graph, data, SCOPE, n_tokens=4, n_texts=2)
     hits = search_inputs(small, graph, data, budget=64)
+    triggers = search_triggers(small, graph, data, length=1, budget=500, progress=False)
     heads = unweave.score_heads(graph, data)
     usage = record_usage(graph, data, SCOPE, folder / "usage")
     kinds = types_by_label(usage, "answered")
@@ -293,6 +294,12 @@ def _of_data(graph: unweave.Graph, data: Any, folder: Path) -> dict[str, Case]:
             {},
             len(hits.hits),
             {"nats": [h.nats for h in hits.hits], "tokens": [h.tokens for h in hits.hits]},
+        ),
+        "Triggers": (
+            triggers,
+            {},
+            16,
+            {"tokens": [t.tokens for t in triggers.runs], "excess_nats": [t.excess_nats for t in triggers.runs]},
         ),
         "HeadScores": (
             heads,

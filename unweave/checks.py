@@ -5,14 +5,30 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from unweave.audit import AnomalyScore, Audit
+from unweave.audit import AnomalyScore, Audit, Triggers
 from unweave.data import TokenData
 from unweave.evaluation import Estimate
 from unweave.falsification import Edit, EditTable, Hypothesis, Scrubbed, Several, Validation
 from unweave.falsification.validation import CANDIDATE
-from unweave.report.checks import AlarmFacts, AuditFacts, EditsFacts, ScrubbingRow, ValidationFacts, ValueInRange
+from unweave.report.checks import (
+    AlarmFacts,
+    AuditFacts,
+    EditsFacts,
+    ScrubbingRow,
+    TriggersFacts,
+    ValidationFacts,
+    ValueInRange,
+)
 
-__all__ = ["alarm_facts", "audit_facts", "edits_facts", "scrubbing_row", "spell_edit", "validation_facts"]
+__all__ = [
+    "alarm_facts",
+    "audit_facts",
+    "edits_facts",
+    "scrubbing_row",
+    "spell_edit",
+    "triggers_facts",
+    "validation_facts",
+]
 
 
 def _range(estimate: Estimate) -> ValueInRange:
@@ -166,4 +182,20 @@ def alarm_facts(scorer: AnomalyScore, data: TokenData) -> AlarmFacts:
         "n_clean": len(scorer.clean),
         "n_texts": len(scores),
         "alarms": int((scores > scorer.threshold).sum()),
+    }
+
+
+def triggers_facts(found: Triggers, at: str) -> TriggersFacts:
+    """What a search for triggers found; the audit that holds it has to spell their tokens in its ``words``.
+
+    Args:
+        at: where runs were put.
+    """
+    runs: list[Any] = [row | {"tokens": list(row["tokens"])} for row in found.table()]
+    return {
+        "at": at,
+        "n_runs": found.n_runs,
+        "n_screened": len(found.ranked),
+        "evaluations": found.evaluations,
+        "runs": runs,
     }

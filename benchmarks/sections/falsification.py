@@ -113,3 +113,31 @@ def audit() -> str:
     ]
     found = f"The search for inputs found the trigger, of 3 runs each: {'; '.join(searches)}."
     return f"**Audit** (`{result['command']}`): {text}:\n\n" + table(head, rows) + f"\n\n{found}"
+
+
+def triggers() -> str:
+    result = load("triggers")
+    if result is None:
+        return ""
+    ways = ("one graph", "two graphs", "two graphs, candidates", "plain nats")
+    rows = []
+    for r in result["rows"]:
+        for at in ("anywhere", "start"):
+            name = f"{r['secret'] or 'none (twin)'}, seed {r['seed']}"
+            found = [r.get(f"{way}, {at}", {}) for way in ways]
+            ranks = ["–" if "rank" not in f else "not tried" if f["rank"] is None else str(f["rank"]) for f in found]
+            first = [f"{found[k]['first']['p']:.2g}" for k in (0, 1)]
+            single = [
+                "–" if way not in r else "first" if r[way]["first"] else "among 32" if r[way]["any"] else "no"
+                for way in ("search_inputs", "at random")
+            ]
+            rows.append([name, at, *ranks, *first, *single])
+    text = (
+        f"the rank of the planted pair among all {result['n_pairs']:,} after {result['budget']:,} texts run on model"
+        f" and graphs (sizes {' and '.join(map(str, result['sizes']))}, refined), with pairs put anywhere or at the"
+        " start; p of the pair ranked first, which in a twin should be evenly spread or larger; and whether"
+        " single inputs found with as many texts hold what was planted"
+    )
+    head = ["secret", "put", *ways, "p, one graph", "p, two graphs", "search_inputs", "at random"]
+    missing = f"\n\nNot run: {', '.join(result['not_run'])}." if result["not_run"] else ""
+    return f"**Triggers** (`{result['command']}`): {text}:\n\n" + table(head, rows) + missing

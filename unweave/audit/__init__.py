@@ -6,6 +6,7 @@ from unweave.audit.clusters import Cluster
 from unweave.audit.disagreement import Audit, TextGap, TokenGap, audit
 from unweave.audit.parts import Direction, Part
 from unweave.audit.search import Found, search_inputs
+from unweave.audit.triggers import Trigger, Triggers, search_triggers
 
 __all__ = [
     "ActivationDistance",
@@ -17,7 +18,10 @@ __all__ = [
     "Part",
     "TextGap",
     "TokenGap",
+    "Trigger",
+    "Triggers",
     "audit",
     "search_inputs",
+    "search_triggers",
     "text_losses",
 ]

@@ -9,13 +9,11 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from unweave.audit.disagreement import check_pair
-from unweave.data import Batch, TokenData
+from unweave.audit.inputs import Compared, check_texts
+from unweave.data import TokenData
 from unweave.errors import InputError
-from unweave.execution import plan_of, run
 from unweave.graph import Graph
-from unweave.ops import Lookup
-from unweave.scope import Scope, divergence, position_mask
+from unweave.scope import Scope
 
 __all__ = ["Found", "Hit", "search_inputs"]
 
@@ -127,17 +125,10 @@ class _Search:
     history: list[tuple[int, float]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        check_pair(self.graph, self.original)
         if self.budget < 4:
             raise InputError(f"budget must be at least 4 evaluations, got {self.budget}")
-        if self.texts.tokens.is_floating_point():
-            raise InputError("a search substitutes tokens; these texts are reals")
-        positions = self.scope.positions
-        if isinstance(positions, str) and positions not in ("all", "last"):
-            raise InputError(f"new inputs have no label {positions!r}; give positions by number or a function")
-        if not 0 <= self.fixed < int(self.texts.lengths.min() if len(self.texts) else 0):
-            raise InputError(f"fixed must leave a token of every text to change, got {self.fixed}")
-        self.embeddings = [_embedding(g) for g in (self.original, self.graph)]
+        check_texts(self.texts, self.fixed)
+        self.compared = Compared(self.original, (self.graph,), self.scope)
         self.generator = torch.Generator().manual_seed(self.seed)
         width = self.texts.tokens.shape[1]
         self.tokens = torch.zeros(0, width, dtype=torch.int64)
@@ -187,29 +178,16 @@ class _Search:
         self, tokens: Int[Tensor, "n pos"], mask: Bool[Tensor, "n pos"], differentiate: bool = False
     ) -> tuple[Float[Tensor, "n pos"], list[Tensor]]:
         """(nats at every token, what each graph's embedding wrote, to differentiate by)."""
-        leaves: list[Tensor] = []
-
-        def leaf(y: Tensor) -> Tensor:
-            leaves.append(y.detach().requires_grad_())
-            return leaves[-1]
-
-        batch = Batch(tokens, mask, {}, torch.arange(len(tokens)))
-        with torch.set_grad_enabled(differentiate):
-            logits = [
-                run(g, tokens, mask, patch={node: leaf} if differentiate else None).logits
-                for g, (node, _) in zip((self.original, self.graph), self.embeddings, strict=True)
-            ]
-            nats = divergence(self.scope, logits[0], logits[1].to(logits[0].device), batch)
-        marked = position_mask(self.scope, batch).to(nats.device)
-        return nats.double().nan_to_num(nan=0.0).masked_fill(~marked, 0.0).cpu(), leaves
+        nats, leaves = self.compared.nats(tokens, mask, differentiate=differentiate)
+        return nats[0], leaves
 
     def gains(self, tokens: Int[Tensor, "n pos"], mask: Bool[Tensor, "n pos"]) -> Float[Tensor, "n pos vocabulary"]:
         """What substituting each token would add to the largest nats, to first order."""
         nats, leaves = self.measure(tokens, mask, differentiate=True)
         self.evaluations += len(tokens)
         gradients = torch.autograd.grad(nats.amax(1).sum(), leaves)
-        total = torch.zeros(*tokens.shape, len(self.embeddings[0][1]))
-        for gradient, (_, table) in zip(gradients, self.embeddings, strict=True):
+        total = torch.zeros(*tokens.shape, self.compared.vocabulary)
+        for gradient, (_, table) in zip(gradients, self.compared.embeddings, strict=True):
             gain = (gradient @ table.to(gradient).mT).float().cpu()
             total += gain - gain.gather(2, tokens[..., None])
         total.scatter_(2, tokens[..., None], -torch.inf)
@@ -257,16 +235,6 @@ class _Search:
         pos = torch.arange(width)
         changed = (pos >= start[:, None]) & (pos < (start + longest)[:, None]) & mask
         donor = self.texts.tokens[self.draw(len(self.texts), n)].long()
-        anew = torch.randint(len(self.embeddings[0][1]), (n, width), generator=self.generator)
+        anew = torch.randint(self.compared.vocabulary, (n, width), generator=self.generator)
         new = torch.where((longest <= 2)[:, None], anew, donor)
         return torch.where(changed, new, tokens)
-
-
-@torch.no_grad()
-def _embedding(graph: Graph) -> tuple[str, Float[Tensor, "vocabulary d_model"]]:
-    """The node that looks tokens up, and what it writes for each."""
-    for s, stage in enumerate(graph.stages):
-        core, write = stage.core, plan_of(graph).stages[s].write
-        if isinstance(core, Lookup) and core.source == "token" and write is not None:
-            return stage.nodes[0], write.apply(core.scale * core.table)
-    raise InputError("a search needs a graph that embeds tokens; this one has no table of them")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -13,7 +13,7 @@ from rich.table import Table
 from unweave.cli.application import app, console, errors
 from unweave.cli.inputs import load_rows, pair_of, words_of, zoo_scope
 from unweave.cli.options import Context, Data, Folder, Seed, Sequences
-from unweave.cli.tables import number
+from unweave.cli.tables import number, plain_interval
 from unweave.errors import InputError
 
 __all__ = ["audit"]
@@ -26,6 +26,12 @@ def audit(
     model: Annotated[str | None, typer.Option(help="Where the original is now, if it moved.")] = None,
     top: Annotated[int, typer.Option(help="How many rows of each table to print.")] = 8,
     search: Annotated[int, typer.Option(help="Also search worse inputs, running so many; 0 for none.")] = 0,
+    triggers: Annotated[
+        int, typer.Option(help="Also search pairs of tokens that act in any text, running so many; 0 for none.")
+    ] = 0,
+    beside: Annotated[
+        Path | None, typer.Option(help="Another graph of the model, of another size: a trigger is new to both.")
+    ] = None,
     clean: Annotated[
         str | None, typer.Option(help="Clean texts that the graph was not made from: calibrate an alarm on them.")
     ] = None,
@@ -61,10 +67,47 @@ def audit(
             hits = search_inputs(graph, original, rows, budget=search, seed=seed)
             plain["search"] = {"start_nats": hits.start_nats, "hits": [hit._asdict() for hit in hits.hits]}
             _print_hits(plain["search"], tokens, top)
+        if triggers:
+            plain["triggers"] = _search_triggers(graph, original, rows, triggers, seed, beside)
+            used = {i for found in plain["triggers"] for run in found["runs"] for i in run["tokens"]}
+            plain["words"] |= {str(i): tokens[i] for i in sorted(used)}
+            _print_triggers(plain["triggers"], tokens, top)
         if output is not None:
             write_json(output, finite(plain))
         written = output or save_check(folder, "audit", plain)
         console.print(f"wrote {escape(str(written))}")
+
+
+def _search_triggers(
+    graph: Any, original: Any, rows: Any, budget: int, seed: int, beside: Path | None
+) -> list[Mapping[str, Any]]:
+    """Triggers anywhere and at the start, with half of the budget for each."""
+    from unweave.audit import search_triggers
+    from unweave.checks import triggers_facts
+    from unweave.storage import load_graph
+
+    others = () if beside is None else (load_graph(beside),)
+    # a token that begins every text is no part of any
+    fixed = int(bool((rows.tokens[:, 0] == rows.tokens[0, 0]).all()))
+    options: dict[str, Any] = {"others": others, "budget": budget // 2, "seed": seed, "fixed": fixed}
+    return [
+        triggers_facts(search_triggers(graph, original, rows, at=at, **options), at) for at in ("anywhere", "start")
+    ]
+
+
+def _print_triggers(searches: Sequence[Mapping[str, Any]], tokens: list[str], top: int) -> None:
+    """The pairs of tokens that a search found, by where they were put."""
+    for found in searches:
+        title = f"triggers, {found['at']}: {found['n_screened']:,} of {found['n_runs']:,} pairs tried"
+        table = Table(title=title, title_justify="left")
+        table.add_column("pair", overflow="fold")
+        for name in ("nats per text beyond its tokens", "p"):
+            table.add_column(name, justify="right")
+        for run in found["runs"][:top]:
+            excess = {"value": run["excess_nats"], "low": run["excess_nats_low"], "high": run["excess_nats_high"]}
+            pair = " ".join(repr(tokens[i]) for i in run["tokens"])
+            table.add_row(escape(pair), plain_interval(excess), number(run["p"], 2))
+        console.print(table)
 
 
 def _print_alarm(facts: Mapping[str, Any]) -> None:

@@ -181,6 +181,29 @@ class AlarmFacts(TypedDict):
     alarms: int
 
 
+class TriggerRow(TypedDict):
+    """A run of tokens: what it adds to a text beyond its tokens, and how likely the best of all runs adds as much."""
+
+    tokens: list[int]
+    excess_nats: Number
+    excess_nats_low: Number
+    excess_nats_high: Number
+    nats: Number
+    score: Number
+    p: Number
+    n_texts: int
+
+
+class TriggersFacts(TypedDict):
+    """A search for triggers that stand anywhere in a text, or at its start."""
+
+    at: str
+    n_runs: int
+    n_screened: int
+    evaluations: int
+    runs: list[TriggerRow]
+
+
 class AuditFacts(TypedDict):
     """An audit: the tables of :class:`unweave.audit.Audit`, and the text of every token in them."""
 
@@ -194,6 +217,7 @@ class AuditFacts(TypedDict):
     readers: list[AuditPart]
     words: dict[str, str]
     anomaly: NotRequired[AlarmFacts]
+    triggers: NotRequired[list[TriggersFacts]]
 
 
 class ChecksFacts(TypedDict):

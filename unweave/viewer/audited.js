@@ -39,9 +39,19 @@ export function auditPart(facts) {
       { name: "nats left", value: (r) => r.left_nats, show: (r) => num(r.left_nats) },
     ])(facts[name].slice(0, LISTED));
   }
+  const searches = (facts.triggers ?? []).map((found) => {
+    const place = el("div", { class: "scroll tall", id: `audit-triggers-${found.at}` });
+    makeTable(place, `Runs of tokens put ${found.at === "start" ? "at the start" : "anywhere"}: ${count(found.n_screened)} of ${count(found.n_runs)} tried`, [
+      { name: "run", text: true, value: (r) => r.tokens.map(word).join(" "), show: (r) => r.tokens.map((i) => token(word(i))) },
+      { name: "nats per text", help: "Beyond what its tokens add one by one, on texts of its own", value: (r) => r.excess_nats, show: (r) => `${num(r.excess_nats)} (${num(r.excess_nats_low)} to ${num(r.excess_nats_high)})` },
+      { name: "p", help: "How likely one of all runs does as much where none is a trigger", value: (r) => r.p, show: (r) => num(r.p) },
+    ])(found.runs);
+    return [el("h4", {}, found.at === "start" ? "Triggers at the start" : "Triggers anywhere"), place];
+  });
   const alarm = facts.anomaly, alarms = alarm ? ` The alarm is set at ${num(alarm.threshold)} nats at one token: calibrated on ${count(alarm.n_clean)} clean texts, it is raised by a new text like them with probability at most ${percent(alarm.false_alarms)}. Of the ${count(alarm.n_texts)} texts audited, ${count(alarm.alarms)} raise it.` : "";
   return [
     el("p", { class: "verdict" }, `${num(facts.kl_nats)} nats per token over ${count(facts.n_tokens)} tokens; the worst of them ${num(most)}.${alarms}`),
     el("h4", {}, "Worst tokens"), tables.tokens, el("h4", {}, "Clusters"), tables.clusters, el("h4", {}, "What carries it"), tables.writers, tables.readers, el("h4", {}, "Texts"), tables.texts,
+    ...searches.flat(),
   ];
 }
