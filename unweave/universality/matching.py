@@ -65,11 +65,14 @@ class EdgeAgreement(NamedTuple):
         correlation: Spearman's, over the edges of A between matched nodes, of nats in A and in B (0 where B has none).
         p: how often nodes of B permuted within their kind agree as well; 1 / (permutations + 1) at least.
         n_edges: how many edges were compared.
+        permuted: the mean correlation of those permuted matchings. It is high where kinds and layers alone say which
+            edges are strong; only what ``correlation`` has beyond it speaks for the matching.
     """
 
     correlation: float
     p: float
     n_edges: int
+    permuted: float
 
 
 @dataclass(frozen=True, eq=False)
@@ -336,7 +339,7 @@ def compare_edges(
     nats_a, nats_b = (_by_name(s, order, names) for s, order in ((scores_a, nodes), (scores_b, targets)))
     is_edge = ~np.isnan(nats_a)
     if is_edge.sum() < 3:
-        return EdgeAgreement(float("nan"), float("nan"), int(is_edge.sum()))
+        return EdgeAgreement(float("nan"), float("nan"), int(is_edge.sum()), float("nan"))
     nats_b = np.nan_to_num(nats_b)
     ranks = _standardised(nats_a[is_edge])
     observed = float(ranks @ _standardised(nats_b[is_edge]))
@@ -350,7 +353,7 @@ def compare_edges(
         drawn.append(float(ranks @ _standardised(nats_b[:, order][:, :, order][is_edge])))
     as_well = sum(value >= observed - 1e-12 for value in drawn)
     p = float("nan") if np.isnan(observed) else (1 + as_well) / (1 + permutations)
-    return EdgeAgreement(observed, p, int(is_edge.sum()))
+    return EdgeAgreement(observed, p, int(is_edge.sum()), float(np.mean(drawn)))
 
 
 def _by_name(scores: EdgeScores, nodes: list[str], ports: list[str]) -> Float[np.ndarray, "port reader writer"]:
