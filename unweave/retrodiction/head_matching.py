@@ -3,9 +3,9 @@
 Two layers of four heads are trained on repeated random texts, as the room ``zoo:induction`` but half as long, with a
 price on heads after the phase change (without it all heads of a layer come to share its role, and a match says no more
 than which layer a head is in). A head has a role if it spends half of its attention there
-(``unweave.zoo.induction.known``), as was decided for the room. :func:`unweave.universality.match` sees neither; a match is
-right if both heads have the same role. Chance is what a random assignment gets for these very roles, and what one
-gets that is told the layers; untrained networks must not do better.
+(``unweave.zoo.induction.known``), as was decided for the room. :func:`unweave.universality.match` sees neither; a
+match is right if both heads have the same role. Chance is what a random assignment gets for these very roles, and what
+one gets that is told the layers; untrained networks must not do better.
 
 Heads that the price has left without work write nothing. They are matched with something all the same, count as
 neither right nor wrong, and make the choice easier than eight heads suggest.

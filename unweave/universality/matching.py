@@ -8,6 +8,7 @@ edges), B with its weights shuffled or drawn anew (for the similarities).
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -23,7 +24,7 @@ from unweave.data import Batch, TokenData
 from unweave.errors import InputError, UnknownNameError
 from unweave.graph import Graph
 from unweave.modules.nulls import NETWORK_NULLS
-from unweave.scope import Scope
+from unweave.scope import Scope, position_mask
 from unweave.scoring import EdgeScores, score_edges
 from unweave.statistics import Sums, accumulate, collect_means
 from unweave.universality.aligning import Units, check_pairs, paired_batch
@@ -147,7 +148,9 @@ def match(
         data_b: the same texts as B's tokens (:func:`unweave.universality.align_tokens`); by default ``data``.
         by: "patterns" (where heads look), "effects" (what the output loses without the node), "cka", "svcca",
             "procrustes" (what is written), or "behaviour": the mean of patterns (for heads), effects and CKA.
-        scope: for which signal edges are scored; by default the KL at all positions.
+        scope: the signal that counts: effects are compared at its positions (its output quotient and divergence are
+            for edges alone), edges are scored for it; by default the KL at all positions. Give it where the network
+            was trained to answer at some positions only: what it says elsewhere differs from seed to seed.
         edges: score the edges of both and compare them.
         nulls: how many copies of B made of noise to match A with.
         null: "shuffled" or "reinitialised" weights.
@@ -181,14 +184,14 @@ def match(
     if nulls < 0:
         raise InputError(f"nulls must be at least 0, got {nulls}")
     options: dict[str, Any] = {"batch_size": batch_size, "progress": progress}
-    found = similarities(graph_a, graph_b, data, data_b, by=by, **options)
+    found = similarities(graph_a, graph_b, data, data_b, by=by, scope=scope, **options)
     names = {kind: (Signals(graph_a, kind).nodes, Signals(graph_b, kind).nodes) for kind in found}
     pairs = tuple(p for kind, s in found.items() for p in assign(s, *names[kind], least))
     generator = torch.Generator().manual_seed(seed)
     scores = []
     for _ in range(nulls):
         noise = NETWORK_NULLS[null](graph_b, generator)
-        drawn = similarities(graph_a, noise, data, data_b, by=by, **options)
+        drawn = similarities(graph_a, noise, data, data_b, by=by, scope=scope, **options)
         scores.append(_mean([p for kind, s in drawn.items() for p in assign(s, *names[kind], None)]))
     agreement = None
     if edges and pairs:
@@ -227,6 +230,7 @@ def similarities(
     data_b: TokenData | None = None,
     *,
     by: str = "behaviour",
+    scope: Scope | None = None,
     batch_size: int = 16,
     progress: bool | None = None,
 ) -> dict[str, Float[Tensor, "a b"]]:
@@ -249,7 +253,7 @@ def similarities(
     if by in ("behaviour", "effects"):
         means_a, means_b = collect_means(graph_a, data, **options), collect_means(graph_b, data_b or data, **options)
         effects = _effects(kinds, means_a, means_b, not same_outputs(graph_a, graph_b, data_b))
-    step = _Comparison(graph_a, graph_b, data_b, by, kinds, effects)
+    step = _Comparison(graph_a, graph_b, data_b, by, kinds, effects, scope or Scope())
     sums = accumulate(data, step, description="comparing nodes", **options)
     return {kind: _combine(kind, sums, by, *(s.nodes for s in pair)) for kind, pair in kinds.items()}
 
@@ -273,6 +277,7 @@ class _Comparison:
     by: str
     kinds: dict[str, tuple[Signals, Signals]]
     effects: dict[str, tuple[Effects, Effects]]
+    scope: Scope
 
     @torch.no_grad()
     def __call__(self, batch: Batch) -> Sums:
@@ -284,8 +289,10 @@ class _Comparison:
             runs = kept_run(self.graph_a, both[0]), kept_run(self.graph_b, both[1])
             for kind, pair in self.kinds.items():
                 out |= _named(f"{kind} written", collect_moments(*pair, runs, (a, b)))
+        counted = a.where(position_mask(self.scope, both[0])).cpu() & b.where(position_mask(self.scope, both[1])).cpu()
+        asked_a, asked_b = (dataclasses.replace(u, mask=counted.to(u.mask.device)) for u in (a, b))
         for kind, (of_a, of_b) in self.effects.items():
-            out |= _named(f"{kind} effects", products(of_a(both[0], a), of_b(both[1], b)))
+            out |= _named(f"{kind} effects", products(of_a(both[0], asked_a), of_b(both[1], asked_b)))
         if "attn" in self.kinds and self.by in ("behaviour", "patterns"):
             found = (head_patterns(g, x, u) for g, x, u in zip(graphs, both, (a, b), strict=True))
             out |= _named("attn patterns", products(*found))
