@@ -119,7 +119,7 @@ def induction_room(two: bool) -> Room:
 
     kinds = {"four heads": train(config)} | ({"two heads": train(wide)} if two else {})
     data, held_out = (marked(induction, 96, seed, config=config) for seed in (5, 6))
-    return Room(kinds, 2 if two else 4, data, held_out, lambda m: float(induction.known(m)["accuracy"]), labels)
+    return Room(kinds, 2 if two else 3, data, held_out, lambda m: float(induction.known(m)["accuracy"]), labels)
 
 
 def toy_room(module: Any, steps: int, n: int, heads: int | None = None) -> Room:
