@@ -50,7 +50,8 @@ class NodePair(NamedTuple):
 
     Attributes:
         similarity: what the assignment maximised.
-        margin: by how much it exceeds the best that either of them has with any other node.
+        margin: by how much it exceeds the best that either of them has with any other node (A's node, where several
+            may have the same match).
     """
 
     a: str
@@ -137,6 +138,7 @@ def match(
     nulls: int = 0,
     null: str = "shuffled",
     least: float | None = None,
+    one_to_one: bool = True,
     batch_size: int = 16,
     seed: int = 0,
     progress: bool | None = None,
@@ -155,6 +157,8 @@ def match(
         nulls: how many copies of B made of noise to match A with.
         null: "shuffled" or "reinitialised" weights.
         least: no pair below this similarity; by default every node that can be has a match.
+        one_to_one: else every node of A has the node of B most like it, and several may have the same: for networks in
+            which not equally many nodes share a role, where one to one some must be matched wrongly.
 
     Returns:
         :class:`Matching`.
@@ -167,7 +171,7 @@ def match(
         For effects, a forward pass for every node of either; else one. Two edge scores. Every null: B's part again.
 
     Exact?
-        The assignment is the best there is. Similarities are correlations over these texts, exact but for "effects" of
+        The assignment is the best there is; where similarities tie (``margin`` 0), one of the best. Similarities are correlations over these texts, exact but for "effects" of
         vocabularies above 256, which are seen through 256 random sums.
 
     Example:
@@ -186,13 +190,13 @@ def match(
     options: dict[str, Any] = {"batch_size": batch_size, "progress": progress}
     found = similarities(graph_a, graph_b, data, data_b, by=by, scope=scope, **options)
     names = {kind: (Signals(graph_a, kind).nodes, Signals(graph_b, kind).nodes) for kind in found}
-    pairs = tuple(p for kind, s in found.items() for p in assign(s, *names[kind], least))
+    pairs = tuple(p for kind, s in found.items() for p in assign(s, *names[kind], least, one_to_one))
     generator = torch.Generator().manual_seed(seed)
     scores = []
     for _ in range(nulls):
         noise = NETWORK_NULLS[null](graph_b, generator)
         drawn = similarities(graph_a, noise, data, data_b, by=by, scope=scope, **options)
-        scores.append(_mean([p for kind, s in drawn.items() for p in assign(s, *names[kind], None)]))
+        scores.append(_mean([p for kind, s in drawn.items() for p in assign(s, *names[kind], None, one_to_one)]))
     agreement = None
     if edges and pairs:
         scored = [
@@ -208,13 +212,20 @@ def _mean(pairs: list[NodePair]) -> float:
 
 
 def assign(
-    similarity: Float[Tensor, "a b"], nodes_a: tuple[str, ...], nodes_b: tuple[str, ...], least: float | None
+    similarity: Float[Tensor, "a b"],
+    nodes_a: tuple[str, ...],
+    nodes_b: tuple[str, ...],
+    least: float | None,
+    one_to_one: bool = True,
 ) -> list[NodePair]:
-    """The one-to-one assignment with the largest sum."""
+    """The one-to-one assignment with the largest sum, or for each node of A the one of B most like it."""
     values = similarity.numpy()
     out = []
-    for i, j in zip(*linear_sum_assignment(values, maximize=True), strict=True):
-        others = np.concatenate([np.delete(values[i], j), np.delete(values[:, j], i)])
+    chosen = linear_sum_assignment(values, maximize=True) if one_to_one else (range(len(values)), values.argmax(1))
+    for i, j in zip(*chosen, strict=True):
+        others = np.delete(values[i], j)
+        if one_to_one:
+            others = np.concatenate([others, np.delete(values[:, j], i)])
         margin = float(values[i, j] - others.max()) if len(others) else float("inf")
         out.append(NodePair(nodes_a[i], nodes_b[j], float(values[i, j]), margin))
     return [p for p in out if least is None or p.similarity >= least]
