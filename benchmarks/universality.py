@@ -5,6 +5,9 @@
 Networks of several seeds are trained from nothing for each room (``--networks`` keeps them, so that a stopped run goes
 on), and every two are matched in every way of ``match``. What is asked of a matching:
 
+Each way assigns one to one and, as "nearest", every node of A to the node of B most like it: where not equally many
+nodes share a role, one to one cannot get all of them right.
+
 - right: where roles are known (heads of induction by where they look, neurons of modular addition by frequency, of S_4
   by representation), the share of A's nodes with a role that B has, too, whose match has it. Thresholds were fixed
   before: half of the attention, half of what a neuron reads.
@@ -23,8 +26,9 @@ import dataclasses
 import json
 import math
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from itertools import combinations, pairwise
+from itertools import combinations, pairwise, product
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -62,6 +66,7 @@ LEAST_NEURON = 0.01
 # a node whose mean costs less has no work that could be stitched
 LEAST_NATS = 1e-3
 UNTRAINED = 3
+FORMS = {"": True, ", nearest": False}
 Labels = Mapping[str, str]
 Train = Callable[[int], nn.Module]
 
@@ -296,6 +301,13 @@ def chance(choices: Mapping[str, Sequence[str]], a: Labels, b: Labels) -> tuple[
     return float(np.mean([k / n for k, n in asked])), float(np.mean([k / len(role) for k, _ in asked]))
 
 
+def most_right(a: Labels, b: Labels) -> float:
+    """The largest share of A's nodes with a role of B's that a one-to-one matching gets right."""
+    of_a, of_b = Counter(a.values()), Counter(b.values())
+    asked = sum(of_a[label] for label in of_b)
+    return sum(min(of_a[label], of_b[label]) for label in of_b) / asked if asked else math.nan
+
+
 class Stitches:
     """Nats lost with nodes of B in A's place, measured once for every two nodes."""
 
@@ -352,9 +364,9 @@ def alike(room: Room, a: Graph, b: Graph, scope: Scope | None = ANSWERED) -> dic
     return {"behaviour": mean} | found
 
 
-def matched(a: Graph, b: Graph, similarity: Matrices) -> list[NodePair]:
+def matched(a: Graph, b: Graph, similarity: Matrices, one_to_one: bool = True) -> list[NodePair]:
     """The assignment of each kind."""
-    return [p for kind, s in similarity.items() for p in assign(s, nodes(a, kind), nodes(b, kind), None)]
+    return [p for kind, s in similarity.items() for p in assign(s, nodes(a, kind), nodes(b, kind), None, one_to_one)]
 
 
 def nodes(graph: Graph, kind: str) -> tuple[str, ...]:
@@ -366,13 +378,13 @@ def compare(room: Room, a: Network, b: Network, stitches: Stitches) -> Iterator[
     found = alike(room, a.graph, b.graph)
     if room.neurons is None:
         found["behaviour, all positions"] = alike(room, a.graph, b.graph, None)["behaviour"]
-    for way, similarity in found.items():
-        of = {p.a: p.b for p in matched(a.graph, b.graph, similarity)}
+    for (way, similarity), (form, one_to_one) in product(found.items(), FORMS.items()):
+        of = {p.a: p.b for p in matched(a.graph, b.graph, similarity, one_to_one)}
         row = {"right": share_right(of, a.labels, b.labels), "lost": stitches.lost(of, b.graph)}
         if similarity.keys() == found["behaviour"].keys():
             edges = compare_edges(a.scores, b.scores, of)
             row |= {"edges": edges.correlation - edges.permuted, "edges_p": edges.p}
-        yield way, row
+        yield way + form, row
     choices = {n: nodes(b.graph, kind) for kind in found["behaviour"] for n in nodes(a.graph, kind)}
     mean, best = stitches.at_random(b.graph, choices)
     anywhere, among_roles = chance(choices, a.labels, b.labels)
@@ -381,15 +393,18 @@ def compare(room: Room, a: Network, b: Network, stitches: Stitches) -> Iterator[
     yield "the best there is", {"lost": best}
     if stitches.ablated:
         yield "linear map alone", {"lost": sum(stitches.alone.values()) / sum(stitches.ablated.values())}
-    yield "untrained", untrained(room, a, b, stitches)
+    yield "the most one to one allows", {"right": most_right(a.labels, b.labels)}
+    for form, one_to_one in FORMS.items():
+        yield f"untrained{form}", untrained(room, a, b, stitches, one_to_one)
 
 
-def untrained(room: Room, a: Network, b: Network, stitches: Stitches) -> dict[str, float]:
+def untrained(room: Room, a: Network, b: Network, stitches: Stitches, one_to_one: bool) -> dict[str, float]:
     """A matched by behaviour with networks that were never trained, as if they had B's roles."""
     rows = []
     for k in range(UNTRAINED if room.neurons is None else 1):
         noise = room.graph(fresh(b.model, 1000 * (k + 1) + b.seed))
-        of = {p.a: p.b for p in matched(a.graph, noise, alike(room, a.graph, noise)["behaviour"])}
+        similarity = alike(room, a.graph, noise)["behaviour"]
+        of = {p.a: p.b for p in matched(a.graph, noise, similarity, one_to_one)}
         scores = score_edges(noise, room.data, ANSWERED, batch_size=BATCH, progress=False)
         edges = compare_edges(a.scores, scores, of)
         lost = stitches.lost(of, noise) if k == 0 else math.nan

@@ -171,8 +171,9 @@ def match(
         For effects, a forward pass for every node of either; else one. Two edge scores. Every null: B's part again.
 
     Exact?
-        The assignment is the best there is; where similarities tie (``margin`` 0), one of the best. Similarities are correlations over these texts, exact but for "effects" of
-        vocabularies above 256, which are seen through 256 random sums.
+        The assignment is the best there is; where similarities tie (``margin`` 0), one of the best. Similarities are
+        correlations over these texts, exact but for "effects" of vocabularies above 256, which are seen through 256
+        random sums.
 
     Example:
         >>> import unweave
