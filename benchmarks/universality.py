@@ -394,23 +394,23 @@ def compare(room: Room, a: Network, b: Network, stitches: Stitches) -> Iterator[
     if stitches.ablated:
         yield "linear map alone", {"lost": sum(stitches.alone.values()) / sum(stitches.ablated.values())}
     yield "the most one to one allows", {"right": most_right(a.labels, b.labels)}
-    for form, one_to_one in FORMS.items():
-        yield f"untrained{form}", untrained(room, a, b, stitches, one_to_one)
+    yield from untrained(room, a, b, stitches)
 
 
-def untrained(room: Room, a: Network, b: Network, stitches: Stitches, one_to_one: bool) -> dict[str, float]:
+def untrained(room: Room, a: Network, b: Network, stitches: Stitches) -> Iterator[tuple[str, dict[str, float]]]:
     """A matched by behaviour with networks that were never trained, as if they had B's roles."""
-    rows = []
+    rows: dict[str, list[dict[str, float]]] = {form: [] for form in FORMS}
     for k in range(UNTRAINED if room.neurons is None else 1):
         noise = room.graph(fresh(b.model, 1000 * (k + 1) + b.seed))
         similarity = alike(room, a.graph, noise)["behaviour"]
-        of = {p.a: p.b for p in matched(a.graph, noise, similarity, one_to_one)}
         scores = score_edges(noise, room.data, ANSWERED, batch_size=BATCH, progress=False)
-        edges = compare_edges(a.scores, scores, of)
-        lost = stitches.lost(of, noise) if k == 0 else math.nan
-        right = share_right(of, a.labels, b.labels)
-        rows.append({"right": right, "lost": lost, "edges": edges.correlation - edges.permuted, "edges_p": edges.p})
-    return {key: _mean([row[key] for row in rows]) for key in rows[0]}
+        for form, one_to_one in FORMS.items():
+            of = {p.a: p.b for p in matched(a.graph, noise, similarity, one_to_one)}
+            edges = compare_edges(a.scores, scores, of)
+            row = {"right": share_right(of, a.labels, b.labels), "edges": edges.correlation - edges.permuted}
+            rows[form].append(row | {"edges_p": edges.p, "lost": stitches.lost(of, noise) if k == 0 else math.nan})
+    for form, found in rows.items():
+        yield f"untrained{form}", {key: _mean([row[key] for row in found]) for key in found[0]}
 
 
 def _mean(values: Sequence[float]) -> float:
