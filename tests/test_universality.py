@@ -266,6 +266,31 @@ def test_the_assignment_is_the_best_of_all() -> None:
     assert least == [p for p in pairs if p.similarity >= 0.9]
 
 
+def test_the_nearest_is_the_largest_of_each_row() -> None:
+    values = torch.tensor([[0.9, 0.1, 0.3], [0.8, 0.7, 0.0]], dtype=torch.float64)
+    nearest = assign(values, ("a", "b"), ("x", "y", "z"), None, one_to_one=False)
+    assert [(p.a, p.b, p.similarity) for p in nearest] == [("a", "x", 0.9), ("b", "x", 0.8)]
+    assert [p.margin for p in nearest] == pytest.approx([0.6, 0.1])
+    assert [p.b for p in assign(values, ("a", "b"), ("x", "y", "z"), None)] == ["x", "y"]
+
+
+def test_two_heads_that_share_the_work_of_one() -> None:
+    model, data = zoo.load("induction"), unweave.load_data("zoo:induction", limit=16)
+    assert isinstance(model, ToyTransformer)
+    split = ToyTransformer(dataclasses.replace(model.config, n_heads=3)).eval()
+    weights = model.state_dict()
+    for name in weights:  # a second copy of the first head; in layer 0 each of the two does half
+        if name.startswith("blocks") and not name.endswith("b_O"):
+            weights[name] = torch.cat([weights[name], weights[name][:1]])
+    weights["blocks.0.W_O"][[0, 2]] *= 0.5
+    split.load_state_dict(weights)
+    several = match(capture(split), capture(model), data, edges=False, one_to_one=False)
+    assert several.of["blocks.0.attn.head.0"] == several.of["blocks.0.attn.head.2"] == PREVIOUS
+    assert several.of[INDUCTION] == INDUCTION
+    one = match(capture(split), capture(model), data, edges=False)
+    assert len(set(one.of.values())) == len(one.pairs) == 4
+
+
 def test_a_smaller_network_leaves_idle_heads_unmatched() -> None:
     model, data = zoo.load("induction"), unweave.load_data("zoo:induction", limit=16)
     assert isinstance(model, ToyTransformer)

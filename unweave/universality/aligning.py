@@ -109,7 +109,7 @@ class Units:
 
     def where(self, marks: Bool[Tensor, "batch pos"]) -> Bool[Tensor, "batch unit"]:
         """The real units at whose last token there is a mark."""
-        marked = self.at(marks.to(self.mask.device)[:, None, :, None])[:, 0, :, 0]
+        marked = self.at(marks.to(self.mask.device).float()[:, None, :, None])[:, 0, :, 0].bool()
         return self.mask & marked
 
     def between(self, pattern: Float[Tensor, "batch node query key"]) -> Float[Tensor, "batch node unit unit2"]:
