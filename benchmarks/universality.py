@@ -380,10 +380,11 @@ def compare(room: Room, a: Network, b: Network, stitches: Stitches) -> Iterator[
         found["behaviour, all positions"] = alike(room, a.graph, b.graph, None)["behaviour"]
     for (way, similarity), (form, one_to_one) in product(found.items(), FORMS.items()):
         of = {p.a: p.b for p in matched(a.graph, b.graph, similarity, one_to_one)}
-        row = {"right": share_right(of, a.labels, b.labels), "lost": stitches.lost(of, b.graph)}
+        row = {"right": share_right(of, a.labels, b.labels)}
         if similarity.keys() == found["behaviour"].keys():
             edges = compare_edges(a.scores, b.scores, of)
             row |= {"edges": edges.correlation - edges.permuted, "edges_p": edges.p}
+            row["lost"] = stitches.lost(of, b.graph)
         yield way + form, row
     choices = {n: nodes(b.graph, kind) for kind in found["behaviour"] for n in nodes(a.graph, kind)}
     mean, best = stitches.at_random(b.graph, choices)

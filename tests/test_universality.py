@@ -191,8 +191,6 @@ def test_effects_count_where_the_scope_looks() -> None:
     # where heads look, and what they write, counts everywhere
     for by in ("patterns", "cka"):
         torch.testing.assert_close(similarities(a, b, marked, by=by, scope=scope), similarities(a, b, data, by=by))
-    batch = next(marked.batches(7))
-    assert torch.equal(Units.of(batch, False, batch.mask.device).where(batch.labels["answered"]), marks)
 
 
 # ---- invariance -------------------------------------------------------------------------------------------
