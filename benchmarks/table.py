@@ -15,6 +15,7 @@ from benchmarks.sections import (
     modules,
     retrodictions,
     summary,
+    universality,
 )
 
 ROOT = Path(__file__).parent.parent
@@ -36,6 +37,7 @@ SECTIONS: dict[str, list[Callable[[], str]]] = {
     "Modules": [modules.modules, modules.regulariser, modules.coarsening],
     "Which parts serve which data": [drivers.usage, drivers.kinds, drivers.descriptions],
     "Features": [features.synthetic, features.language_model, features.latents, features.circuits],
+    "The same in other networks": [universality.universality],
     "Falsification": [falsification.edits, falsification.audit, falsification.triggers, falsification.certificates],
     "What is known, again": [retrodictions.retrodictions],
     "The machine": [machine.exactness, machine.speed],

@@ -19,6 +19,8 @@ from unweave.errors import EmptyDataError, InputError, ShapeError, UnknownNameEr
 from unweave.execution import check_inputs, run, trace
 from unweave.features import collect_activations, find_basis
 from unweave.graph import Graph
+from unweave.retrodiction import head_matching
+from unweave.retrodiction.claims import over_pairs, pair_interval
 from unweave.retrodiction.induction import _chance, _right, phase_window
 from unweave.scope import Scope
 from unweave.scoring import score_edges
@@ -166,6 +168,31 @@ def test_patterns_and_effects_by_plain_code() -> None:
         np.testing.assert_allclose(got, wanted, atol=2e-5)
 
 
+def test_effects_count_where_the_scope_looks() -> None:
+    a, b, data = capture(toy(0)), capture(toy(1)), ragged()
+    marks = data.mask & (torch.arange(12) % 3 == 1)
+    marked = dataclasses.replace(data, labels={"answered": marks})
+    heads = [n for n in a.nodes if "head" in n]
+    lost = {}
+    for name, graph in (("a", a), ("b", b)):
+        means = collect_means(graph, data)
+        batch = next(data.batches(len(data)))
+        p = run(graph, batch.inputs, batch.mask).logits.detach().double().log_softmax(-1)
+        for head in heads:
+            out = run(graph, batch.inputs, batch.mask, patch={head: means[head]}).logits.detach().double()
+            found = (p.exp().sqrt() * (p - out.log_softmax(-1)))[marks[:, : p.shape[1]]]
+            lost[name, head] = (found - found.mean(0)).flatten().numpy()
+    wanted = [[np.corrcoef(lost["a", n], lost["b", m])[0, 1] for m in heads] for n in heads]
+    scope = Scope(positions="answered")
+    got = similarities(a, b, marked, by="effects", scope=scope, batch_size=3)["attn"].numpy()
+    np.testing.assert_allclose(got, wanted, atol=2e-5)
+    everywhere = similarities(a, b, marked, by="effects")["attn"].numpy()
+    assert np.abs(everywhere - wanted).max() > 0.05
+    # where heads look, and what they write, counts everywhere
+    for by in ("patterns", "cka"):
+        torch.testing.assert_close(similarities(a, b, marked, by=by, scope=scope), similarities(a, b, data, by=by))
+
+
 # ---- invariance -------------------------------------------------------------------------------------------
 
 
@@ -237,6 +264,31 @@ def test_the_assignment_is_the_best_of_all() -> None:
     assert least == [p for p in pairs if p.similarity >= 0.9]
 
 
+def test_the_nearest_is_the_largest_of_each_row() -> None:
+    values = torch.tensor([[0.9, 0.1, 0.3], [0.8, 0.7, 0.0]], dtype=torch.float64)
+    nearest = assign(values, ("a", "b"), ("x", "y", "z"), None, one_to_one=False)
+    assert [(p.a, p.b, p.similarity) for p in nearest] == [("a", "x", 0.9), ("b", "x", 0.8)]
+    assert [p.margin for p in nearest] == pytest.approx([0.6, 0.1])
+    assert [p.b for p in assign(values, ("a", "b"), ("x", "y", "z"), None)] == ["x", "y"]
+
+
+def test_two_heads_that_share_the_work_of_one() -> None:
+    model, data = zoo.load("induction"), unweave.load_data("zoo:induction", limit=16)
+    assert isinstance(model, ToyTransformer)
+    split = ToyTransformer(dataclasses.replace(model.config, n_heads=3)).eval()
+    weights = model.state_dict()
+    for name in weights:  # a second copy of the first head; in layer 0 each of the two does half
+        if name.startswith("blocks") and not name.endswith("b_O"):
+            weights[name] = torch.cat([weights[name], weights[name][:1]])
+    weights["blocks.0.W_O"][[0, 2]] *= 0.5
+    split.load_state_dict(weights)
+    several = match(capture(split), capture(model), data, edges=False, one_to_one=False)
+    assert several.of["blocks.0.attn.head.0"] == several.of["blocks.0.attn.head.2"] == PREVIOUS
+    assert several.of[INDUCTION] == INDUCTION
+    one = match(capture(split), capture(model), data, edges=False)
+    assert len(set(one.of.values())) == len(one.pairs) == 4
+
+
 def test_a_smaller_network_leaves_idle_heads_unmatched() -> None:
     model, data = zoo.load("induction"), unweave.load_data("zoo:induction", limit=16)
     assert isinstance(model, ToyTransformer)
@@ -276,6 +328,13 @@ def test_edges_are_compared_by_rank() -> None:
     same = compare_edges(scores[0], scores[0], {n: n for n in heads}, permutations=99)
     assert same.correlation == pytest.approx(1.0)
     assert same.p == 0.01
+    # what kinds alone say: the mean over every way to permute six heads, against a sample of them
+    ways = [
+        dict(zip(heads, order, strict=True)) for order in itertools.islice(itertools.permutations(heads), 0, 720, 9)
+    ]
+    every = [compare_edges(scores[0], scores[0], way, permutations=1).correlation for way in ways]
+    assert same.permuted == pytest.approx(float(np.mean(every)), abs=4 * np.std(every) / np.sqrt(80))
+    assert same.permuted < 0.95
 
 
 # ---- two tokenizers ---------------------------------------------------------------------------------------
@@ -458,6 +517,48 @@ def test_what_counts_as_right_and_what_chance_gets() -> None:
     assert _right(found, known, nobody) == 0.5
     assert np.isnan(_right(found, nobody, known))
     assert np.isnan(_chance(nobody, known))
+
+
+def test_heads_of_four_by_role() -> None:
+    a = {"previous_token": ["p", "q"], "induction": ["i"]}
+    b = {"previous_token": ["r"], "induction": ["s", "t"]}
+    assert head_matching.right({"p": "r", "q": "s", "i": "t"}, a, b) == pytest.approx(2 / 3)
+    assert head_matching.chance(a, b, 8) == pytest.approx((1 / 8 + 1 / 8 + 2 / 8) / 3)
+    nobody = {"previous_token": [], "induction": ["s"]}
+    assert np.isnan(head_matching.right({"p": "r"}, a, nobody))
+    assert np.isnan(head_matching.chance(nobody, b, 8))
+    model = ToyTransformer(head_matching.CONFIG)
+    with torch.no_grad():
+        block = model.blocks[0]  # positions alone decide, and every one of head 2 looks for the one before it
+        model.W_E.zero_()
+        model.W_pos.copy_(torch.eye(24, 64))
+        block.W_Q.zero_(), block.W_K.zero_()
+        waves = torch.randn(24, 16, generator=torch.Generator().manual_seed(0))
+        block.W_K[2, :24] = waves * 20 / waves.norm(dim=1, keepdim=True)
+        block.W_Q[2, 1:24] = block.W_K[2, :23]
+    assert head_matching.roles(model.eval()) == {"previous_token": ("blocks.0.attn.head.2",), "induction": ()}
+
+
+def test_pairs_share_networks() -> None:
+    values = np.random.default_rng(0).random((9, 9))
+    mean, low, high = pair_interval(values)
+    apart = ~np.eye(9, dtype=bool)
+    assert mean == pytest.approx(values[apart].mean())
+    rng = np.random.default_rng(1)
+    drawn = []
+    for _ in range(4000):
+        seeds = rng.integers(9, size=9)
+        found = [values[i, j] for i in seeds for j in seeds if i != j]
+        drawn.append(np.mean(found) if found else np.nan)
+    wanted = np.nanquantile(drawn, (0.025, 0.975))
+    np.testing.assert_allclose([low, high], wanted, atol=0.02)
+    # one seed unlike the others moves all its pairs: as wide as if there were few values
+    odd = np.zeros((5, 5))
+    odd[0] = odd[:, 0] = 1
+    assert pair_interval(odd)[2] >= 0.7
+    quantity = over_pairs("x", "none", (0.0, 1.0), np.where(apart, values, np.nan))
+    assert (quantity.n, quantity.value, quantity.verdict) == (72, mean, "agrees")
+    assert all(map(np.isnan, pair_interval(np.full((3, 3), np.nan))))
 
 
 def test_a_phase_that_never_comes() -> None:

@@ -138,6 +138,21 @@ def _dictionaries() -> list[str] | None:
     ]
 
 
+def _universality() -> list[str] | None:
+    result = load("universality")
+    if result is None or "induction" not in result["rooms"]:
+        return None
+    rows = {way: row["right"]["value"] for way, row in result["rooms"]["induction"]["rows"].items() if row.get("right")}
+    other = max(("cka", "svcca", "procrustes"), key=lambda way: rows[way])
+    networks = len(result["rooms"]["induction"]["networks"])
+    return [
+        f"Heads of induction matched across {networks} networks of 8 heads: share with the same role",
+        f"{rows['behaviour']:.2f} (chance {rows['random']:.2f})",
+        f"{other} {rows[other]:.2f}",
+        result["command"],
+    ]
+
+
 def _retrodictions() -> list[str] | None:
     found = rows()
     if not found:
@@ -158,6 +173,7 @@ ROWS: list[Callable[[], list[str] | None]] = [
     _edits,
     _certificates,
     _dictionaries,
+    _universality,
     _retrodictions,
 ]
 

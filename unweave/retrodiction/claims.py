@@ -7,10 +7,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from jaxtyping import Float
 
 from unweave.errors import InputError
 
-__all__ = ["Phenomenon", "Quantity", "over_seeds"]
+__all__ = ["Phenomenon", "Quantity", "over_pairs", "over_seeds", "pair_interval"]
+
+DRAWS = 10_000
 
 
 @dataclass(frozen=True)
@@ -70,9 +73,56 @@ def over_seeds(
     if len(found) < 3:
         low, high = found.min(), found.max()
     else:
-        draws = np.random.default_rng(0).choice(found, (10_000, len(found))).mean(1)
+        draws = np.random.default_rng(0).choice(found, (DRAWS, len(found))).mean(1)
         low, high = np.quantile(draws, (0.025, 0.975))
     return Quantity(what, published, agrees, float(found.mean()), float(low), float(high), len(found), note)
+
+
+def over_pairs(
+    what: str, published: str, agrees: tuple[float, float], values: Float[np.ndarray, "seeds seeds"], note: str = ""
+) -> Quantity:
+    """A quantity measured once per pair of seeds: the mean, with the 95% interval of :func:`pair_interval`.
+
+    Args:
+        values: NaN where a pair was not measured; the diagonal does not count. ``n`` of the quantity counts the rest.
+    """
+    value, low, high = pair_interval(values)
+    apart = ~np.eye(len(values), dtype=bool)
+    return Quantity(what, published, agrees, value, low, high, int((~np.isnan(values) & apart).sum()), note)
+
+
+def pair_interval(values: Float[np.ndarray, "seeds seeds"]) -> tuple[float, float, float]:
+    """(mean over pairs, 2.5%, 97.5%) by a bootstrap over seeds: pairs that share a network are not independent.
+
+    Seeds are drawn with replacement, a pair counts as often as both its seeds are drawn together, and never with
+    itself.
+
+    Args:
+        values: for each ordered pair; NaN where it was not measured.
+
+    Returns:
+        NaN three times where no pair was measured.
+
+    Exact?
+        Too narrow for few seeds, as every bootstrap.
+
+    Example:
+        >>> pair_interval(np.array([[np.nan, 1.0], [0.5, np.nan]]))
+        (0.75, 0.75, 0.75)
+
+    Source:
+        Snijders & Borgatti 1999, "Non-parametric standard errors and tests for network statistics".
+    """
+    measured = ~np.isnan(values) & ~np.eye(len(values), dtype=bool)
+    if not measured.any():
+        return (math.nan,) * 3
+    known = np.where(measured, values, 0.0)
+    n = len(values)
+    times = np.random.default_rng(0).multinomial(n, np.full(n, 1 / n), DRAWS).astype(float)
+    count = np.einsum("di,ij,dj->d", times, measured.astype(float), times, optimize=True)
+    total = np.einsum("di,ij,dj->d", times, known, times, optimize=True)
+    low, high = np.quantile(total[count > 0] / count[count > 0], (0.025, 0.975))
+    return float(values[measured].mean()), float(low), float(high)
 
 
 @dataclass(frozen=True)

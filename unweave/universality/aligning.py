@@ -107,6 +107,11 @@ class Units:
         index = self.last[:, None, :, None].expand(-1, values.shape[1], -1, values.shape[3])
         return values.gather(2, index)
 
+    def where(self, marks: Bool[Tensor, "batch pos"]) -> Bool[Tensor, "batch unit"]:
+        """The real units at whose last token there is a mark."""
+        marked = self.at(marks.to(self.mask.device).float()[:, None, :, None])[:, 0, :, 0].bool()
+        return self.mask & marked
+
     def between(self, pattern: Float[Tensor, "batch node query key"]) -> Float[Tensor, "batch node unit unit2"]:
         """What the last token of each unit spends on every unit."""
         if self.member is None:

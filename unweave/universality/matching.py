@@ -8,6 +8,7 @@ edges), B with its weights shuffled or drawn anew (for the similarities).
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -23,7 +24,7 @@ from unweave.data import Batch, TokenData
 from unweave.errors import InputError, UnknownNameError
 from unweave.graph import Graph
 from unweave.modules.nulls import NETWORK_NULLS
-from unweave.scope import Scope
+from unweave.scope import Scope, position_mask
 from unweave.scoring import EdgeScores, score_edges
 from unweave.statistics import Sums, accumulate, collect_means
 from unweave.universality.aligning import Units, check_pairs, paired_batch
@@ -49,7 +50,8 @@ class NodePair(NamedTuple):
 
     Attributes:
         similarity: what the assignment maximised.
-        margin: by how much it exceeds the best that either of them has with any other node.
+        margin: by how much it exceeds the best that either of them has with any other node (A's node, where several
+            may have the same match).
     """
 
     a: str
@@ -65,11 +67,14 @@ class EdgeAgreement(NamedTuple):
         correlation: Spearman's, over the edges of A between matched nodes, of nats in A and in B (0 where B has none).
         p: how often nodes of B permuted within their kind agree as well; 1 / (permutations + 1) at least.
         n_edges: how many edges were compared.
+        permuted: the mean correlation of those permuted matchings. It is high where kinds and layers alone say which
+            edges are strong; only what ``correlation`` has beyond it speaks for the matching.
     """
 
     correlation: float
     p: float
     n_edges: int
+    permuted: float
 
 
 @dataclass(frozen=True, eq=False)
@@ -133,6 +138,7 @@ def match(
     nulls: int = 0,
     null: str = "shuffled",
     least: float | None = None,
+    one_to_one: bool = True,
     batch_size: int = 16,
     seed: int = 0,
     progress: bool | None = None,
@@ -144,11 +150,15 @@ def match(
         data_b: the same texts as B's tokens (:func:`unweave.universality.align_tokens`); by default ``data``.
         by: "patterns" (where heads look), "effects" (what the output loses without the node), "cka", "svcca",
             "procrustes" (what is written), or "behaviour": the mean of patterns (for heads), effects and CKA.
-        scope: for which signal edges are scored; by default the KL at all positions.
+        scope: the signal that counts: effects are compared at its positions (its output quotient and divergence are
+            for edges alone), edges are scored for it; by default the KL at all positions. Give it where the network
+            was trained to answer at some positions only: what it says elsewhere differs from seed to seed.
         edges: score the edges of both and compare them.
         nulls: how many copies of B made of noise to match A with.
         null: "shuffled" or "reinitialised" weights.
         least: no pair below this similarity; by default every node that can be has a match.
+        one_to_one: else every node of A has the node of B most like it, and several may have the same: for networks in
+            which not equally many nodes share a role, where one to one some must be matched wrongly.
 
     Returns:
         :class:`Matching`.
@@ -161,8 +171,9 @@ def match(
         For effects, a forward pass for every node of either; else one. Two edge scores. Every null: B's part again.
 
     Exact?
-        The assignment is the best there is. Similarities are correlations over these texts, exact but for "effects" of
-        vocabularies above 256, which are seen through 256 random sums.
+        The assignment is the best there is; where similarities tie (``margin`` 0), one of the best. Similarities are
+        correlations over these texts, exact but for "effects" of vocabularies above 256, which are seen through 256
+        random sums.
 
     Example:
         >>> import unweave
@@ -178,15 +189,15 @@ def match(
     if nulls < 0:
         raise InputError(f"nulls must be at least 0, got {nulls}")
     options: dict[str, Any] = {"batch_size": batch_size, "progress": progress}
-    found = similarities(graph_a, graph_b, data, data_b, by=by, **options)
+    found = similarities(graph_a, graph_b, data, data_b, by=by, scope=scope, **options)
     names = {kind: (Signals(graph_a, kind).nodes, Signals(graph_b, kind).nodes) for kind in found}
-    pairs = tuple(p for kind, s in found.items() for p in assign(s, *names[kind], least))
+    pairs = tuple(p for kind, s in found.items() for p in assign(s, *names[kind], least, one_to_one))
     generator = torch.Generator().manual_seed(seed)
     scores = []
     for _ in range(nulls):
         noise = NETWORK_NULLS[null](graph_b, generator)
-        drawn = similarities(graph_a, noise, data, data_b, by=by, **options)
-        scores.append(_mean([p for kind, s in drawn.items() for p in assign(s, *names[kind], None)]))
+        drawn = similarities(graph_a, noise, data, data_b, by=by, scope=scope, **options)
+        scores.append(_mean([p for kind, s in drawn.items() for p in assign(s, *names[kind], None, one_to_one)]))
     agreement = None
     if edges and pairs:
         scored = [
@@ -202,13 +213,20 @@ def _mean(pairs: list[NodePair]) -> float:
 
 
 def assign(
-    similarity: Float[Tensor, "a b"], nodes_a: tuple[str, ...], nodes_b: tuple[str, ...], least: float | None
+    similarity: Float[Tensor, "a b"],
+    nodes_a: tuple[str, ...],
+    nodes_b: tuple[str, ...],
+    least: float | None,
+    one_to_one: bool = True,
 ) -> list[NodePair]:
-    """The one-to-one assignment with the largest sum."""
+    """The one-to-one assignment with the largest sum, or for each node of A the one of B most like it."""
     values = similarity.numpy()
     out = []
-    for i, j in zip(*linear_sum_assignment(values, maximize=True), strict=True):
-        others = np.concatenate([np.delete(values[i], j), np.delete(values[:, j], i)])
+    chosen = linear_sum_assignment(values, maximize=True) if one_to_one else (range(len(values)), values.argmax(1))
+    for i, j in zip(*chosen, strict=True):
+        others = np.delete(values[i], j)
+        if one_to_one:
+            others = np.concatenate([others, np.delete(values[:, j], i)])
         margin = float(values[i, j] - others.max()) if len(others) else float("inf")
         out.append(NodePair(nodes_a[i], nodes_b[j], float(values[i, j]), margin))
     return [p for p in out if least is None or p.similarity >= least]
@@ -224,6 +242,7 @@ def similarities(
     data_b: TokenData | None = None,
     *,
     by: str = "behaviour",
+    scope: Scope | None = None,
     batch_size: int = 16,
     progress: bool | None = None,
 ) -> dict[str, Float[Tensor, "a b"]]:
@@ -246,7 +265,7 @@ def similarities(
     if by in ("behaviour", "effects"):
         means_a, means_b = collect_means(graph_a, data, **options), collect_means(graph_b, data_b or data, **options)
         effects = _effects(kinds, means_a, means_b, not same_outputs(graph_a, graph_b, data_b))
-    step = _Comparison(graph_a, graph_b, data_b, by, kinds, effects)
+    step = _Comparison(graph_a, graph_b, data_b, by, kinds, effects, scope or Scope())
     sums = accumulate(data, step, description="comparing nodes", **options)
     return {kind: _combine(kind, sums, by, *(s.nodes for s in pair)) for kind, pair in kinds.items()}
 
@@ -270,6 +289,7 @@ class _Comparison:
     by: str
     kinds: dict[str, tuple[Signals, Signals]]
     effects: dict[str, tuple[Effects, Effects]]
+    scope: Scope
 
     @torch.no_grad()
     def __call__(self, batch: Batch) -> Sums:
@@ -281,8 +301,10 @@ class _Comparison:
             runs = kept_run(self.graph_a, both[0]), kept_run(self.graph_b, both[1])
             for kind, pair in self.kinds.items():
                 out |= _named(f"{kind} written", collect_moments(*pair, runs, (a, b)))
+        counted = a.where(position_mask(self.scope, both[0])).cpu() & b.where(position_mask(self.scope, both[1])).cpu()
+        asked_a, asked_b = (dataclasses.replace(u, mask=counted.to(u.mask.device)) for u in (a, b))
         for kind, (of_a, of_b) in self.effects.items():
-            out |= _named(f"{kind} effects", products(of_a(both[0], a), of_b(both[1], b)))
+            out |= _named(f"{kind} effects", products(of_a(both[0], asked_a), of_b(both[1], asked_b)))
         if "attn" in self.kinds and self.by in ("behaviour", "patterns"):
             found = (head_patterns(g, x, u) for g, x, u in zip(graphs, both, (a, b), strict=True))
             out |= _named("attn patterns", products(*found))
@@ -336,7 +358,7 @@ def compare_edges(
     nats_a, nats_b = (_by_name(s, order, names) for s, order in ((scores_a, nodes), (scores_b, targets)))
     is_edge = ~np.isnan(nats_a)
     if is_edge.sum() < 3:
-        return EdgeAgreement(float("nan"), float("nan"), int(is_edge.sum()))
+        return EdgeAgreement(float("nan"), float("nan"), int(is_edge.sum()), float("nan"))
     nats_b = np.nan_to_num(nats_b)
     ranks = _standardised(nats_a[is_edge])
     observed = float(ranks @ _standardised(nats_b[is_edge]))
@@ -350,7 +372,7 @@ def compare_edges(
         drawn.append(float(ranks @ _standardised(nats_b[:, order][:, :, order][is_edge])))
     as_well = sum(value >= observed - 1e-12 for value in drawn)
     p = float("nan") if np.isnan(observed) else (1 + as_well) / (1 + permutations)
-    return EdgeAgreement(observed, p, int(is_edge.sum()))
+    return EdgeAgreement(observed, p, int(is_edge.sum()), float(np.mean(drawn)))
 
 
 def _by_name(scores: EdgeScores, nodes: list[str], ports: list[str]) -> Float[np.ndarray, "port reader writer"]:

@@ -32,7 +32,9 @@ HEAD_PRICE = 0.02
 PRICED = (0.25, 0.7)
 
 
-def batch(n: int, generator: torch.Generator) -> tuple[Int[Tensor, "n pos"], Bool[Tensor, "n pos"]]:
+def batch(
+    n: int, generator: torch.Generator, config: ToyConfig = CONFIG
+) -> tuple[Int[Tensor, "n pos"], Bool[Tensor, "n pos"]]:
     """(tokens, repeated): BOS, a few random tokens, then a random text over and over until the context is full.
 
     Where the text starts and how long it is differ from row to row, so that no fixed distance gives the answer; no
@@ -44,10 +46,10 @@ def batch(n: int, generator: torch.Generator) -> tuple[Int[Tensor, "n pos"], Boo
         >>> tokens.shape, bool(repeated[:, 0].any())
         (torch.Size([2, 48]), False)
     """
-    length = CONFIG.n_ctx
-    words = torch.rand(n, CONFIG.d_vocab - 1, generator=generator).argsort(1) + 1
+    length = config.n_ctx
+    words = torch.rand(n, config.d_vocab - 1, generator=generator).argsort(1) + 1
     words = torch.cat([torch.full((n, 1), BOS), words], dim=1)
-    period = torch.randint(8, 24, (n, 1), generator=generator)
+    period = torch.randint(length // 6, length // 2, (n, 1), generator=generator)
     start = 1 + (torch.rand(n, 1, generator=generator) * (length - 2 - period)).long()
     pos = torch.arange(length).expand(n, -1)
     source = torch.where(pos < start, pos, (pos - start) % period + start)
@@ -55,9 +57,11 @@ def batch(n: int, generator: torch.Generator) -> tuple[Int[Tensor, "n pos"], Boo
     return words.gather(1, source), repeated
 
 
-def data(n: int = DATA_SIZE, seed: int = 1) -> tuple[Int[Tensor, "n pos"], Bool[Tensor, "n pos"]]:
+def data(
+    n: int = DATA_SIZE, seed: int = 1, config: ToyConfig = CONFIG
+) -> tuple[Int[Tensor, "n pos"], Bool[Tensor, "n pos"]]:
     """Fresh texts of the kind the model was trained on, for decompiling it."""
-    return batch(n, torch.Generator().manual_seed(seed))
+    return batch(n, torch.Generator().manual_seed(seed), config)
 
 
 def after_earlier_copy(tokens: Int[Tensor, "n pos"]) -> Bool[Tensor, "n pos pos"]:
@@ -106,7 +110,7 @@ def accuracy(model: ToyTransformer, tokens: Int[Tensor, "n pos"], repeated: Bool
 
 def known(model: ToyTransformer) -> dict[str, Any]:
     """What is known of the mechanism, measured on fresh texts: which heads do what, and the edges that join them."""
-    tokens, repeated = data(256, seed=2)
+    tokens, repeated = data(256, seed=2, config=model.config)
     scores = head_scores(model, tokens, repeated)
     previous = _named(0, scores["previous"][0])
     induction = _named(1, scores["induction"][1])
@@ -125,20 +129,28 @@ def _named(layer: int, shares: Float[Tensor, " head"]) -> list[str]:
 
 
 def train(
-    seed: int = 0, steps: int = STEPS, *, priced_between: tuple[float, float] = PRICED, every: int = 100
+    seed: int = 0,
+    steps: int = STEPS,
+    config: ToyConfig = CONFIG,
+    *,
+    priced_between: tuple[float, float] = PRICED,
+    price: float = HEAD_PRICE,
+    every: int = 100,
 ) -> Iterator[tuple[int, float, ToyTransformer]]:
     """Train, yielding (step, loss, model) every so many steps and at the end; about two minutes on two cores.
 
     Args:
+        config: sizes; the longest repeated text is half the context, and the vocabulary has to hold it.
         priced_between: the shares of the training between which heads cost something. It must begin after the
             phase change, some 600 steps in: shorter trainings need a larger first share.
+        price: of a head in the middle of that time, in nats per unit of :func:`price_of_heads`.
     """
     torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(seed)
-    model = ToyTransformer(CONFIG)
+    model = ToyTransformer(config)
 
     def losses(step: int) -> Losses:
-        tokens, repeated = batch(64, generator)
+        tokens, repeated = batch(64, generator, config)
         told = repeated[:, :-1]
         log_p = model(tokens)[:, :-1].log_softmax(-1)
         loss = F.nll_loss(log_p[told], tokens[:, 1:][told])
@@ -146,7 +158,7 @@ def train(
         unsure = -log_p[~told][:, BOS + 1 :].mean()
         # paid only once the circuit is there (sooner, it would never form), and not at the end
         priced = priced_between[0] * steps < step < priced_between[1] * steps
-        return loss, unsure + (HEAD_PRICE * price_of_heads(model) if priced else 0.0)
+        return loss, unsure + (price * price_of_heads(model) if priced else 0.0)
 
     def after(step: int) -> None:
         if step == int(priced_between[1] * steps):
