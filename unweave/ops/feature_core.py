@@ -143,7 +143,13 @@ class FeatureCore(Core):
         return rest.nonzero()[:, 0]
 
     def _before(
-        self, number: int, codes: Tensor, last: Tensor, row: Int[Tensor, " n"], latents: Int[Tensor, "n few"], alike: bool
+        self,
+        number: int,
+        codes: Float[Tensor, "batch row pos code"],
+        last: Float[Tensor, "batch row pos read"],
+        row: Int[Tensor, " n"],
+        latents: Int[Tensor, "n few"],
+        alike: bool,
     ) -> tuple[Float[Tensor, "batch n pos few"], Bool[Tensor, "batch n pos few"]]:
         """(E x + e of these latents, each from its row; which of them are active)."""
         d, few = self.dictionaries[number], latents.clamp(min=0)
@@ -235,6 +241,8 @@ def _pad(
     return torch.stack([torch.nn.functional.pad(p, (0, max(widths) - p.shape[-1])) for p in parts], dim=-2)
 
 
-def _take(x: Shaped[Tensor, "batch row pos place"], places: Int[Tensor, "row few"]) -> Shaped[Tensor, "batch row pos few"]:
+def _take(
+    x: Shaped[Tensor, "batch row pos place"], places: Int[Tensor, "row few"]
+) -> Shaped[Tensor, "batch row pos few"]:
     """Of each row its own places."""
     return x.gather(-1, places[:, None].expand(x.shape[0], -1, x.shape[2], -1))
