@@ -5,7 +5,7 @@
 Synthetic: 64 unit features in 32 dimensions, each there with a chance of 3/64 at 0.5 to 1.5 times its length (Sharkey
 et al. 2022, smaller). The figure is the mean over features of the largest cosine with a column of the decoder, over
 seeds of data and training, with the 95% interval by bootstrap over features of all seeds; beside it ICA and random
-columns. Recipes were chosen on seeds 100 to 105 and on another size (96 features, 48 dimensions), none of them measured.
+columns. Recipes were chosen on seeds 100 to 105, which are not among those measured (and checked on another size).
 Results are saved after every fit and every model; fits saved already are not run again.
 """
 
