@@ -114,7 +114,7 @@ def main() -> None:
     path = RESULTS / "probes.json"
     kept = {part: rows for part, rows in read_json(path).items() if part in SUMMARIES} if path.exists() else {}
     found = {part: summary(rows, *SUMMARIES[part]) for part, rows in result.items()}
-    save("probes", {"seeds": SEEDS} | kept | found, started, " ".join(["python -m benchmarks.probes", *sys.argv[1:]]))
+    save("probes", {"seeds": SEEDS} | kept | found, started, "python -m benchmarks.probes")
     (RESULTS / "probes.partial.json").unlink()
 
 
