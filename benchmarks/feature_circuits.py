@@ -1,6 +1,6 @@
 """Circuits over features beside circuits over nodes: exactness, edges and faithfulness on one task.
 
-    python -m benchmarks.feature_circuits
+    python -m benchmarks.feature_circuits [circuits] [speed]
 
 stories260K closes quotes. Every MLP is split by the TopK dictionary of 128 latents of ``benchmarks.dictionaries``: six
 latents as nodes of their own, the other 122 as one, and what the dictionary leaves out (the error). The six have the
@@ -8,37 +8,47 @@ largest second-order worth E (f - E f)^2 d^T G d on the prompts that the search 
 gradient at what the MLP writes. Circuits are searched on half of the prompts, to a faithfulness of 0.9 of the
 divergence under counterfactual ablation, and measured on the other half, beside random circuits of the same size. The
 search stops after 16 measurements, which is the bisection of the ranking and little more.
+
+Speed: one MLP in 64 to 256 latents, each a node, and the same with the whole layer computed for each node (the slow
+way), in one run: scores of all edges, a graph of half of the edges at random, and one of the 500 of largest EAP score.
 """
 
 from __future__ import annotations
 
+import json
 import sys
 import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from benchmarks.common import SHARED, model, save
+from benchmarks.common import RESULTS, SHARED, model, save
 from benchmarks.dictionaries import TOKENS, fitted
 from unweave.ablation import Replacement
 from unweave.capture import load_tokenizer
 from unweave.circuits import find_circuit
 from unweave.circuits.curve import faithfulness_of
-from unweave.circuits.distance import per_prompt
+from unweave.circuits.distance import Distance, per_prompt
 from unweave.circuits.proof import random_edges
 from unweave.compression.moments import channel_moments
 from unweave.data import TokenData
 from unweave.execution import run
-from unweave.features import Dictionary, collect_activations, refine_features
+from unweave.features import Dictionary, Recipe, collect_activations, refine_features, untrained_dictionary
 from unweave.graph import Graph
+from unweave.ops import feature_core
 from unweave.scope import Scope
+from unweave.scoring import score_edges
 from unweave.statistics import replacement
 from unweave.tasks import Task, make_task
 
 NAME, SIZE, ALONE = "stories260K", "topk-128", 6
 PROMPTS, TRIALS, RANDOM, FAITHFULNESS = 64, 16, 5, 0.9
+LATENTS, SEQUENCES = (64, 128, 256), 16
+CUTS = ("half of the edges", "500 edges")
 
 
 def worth(graph: Graph, where: str, dictionary: Dictionary, data: TokenData, moments: Any) -> Tensor:
@@ -109,6 +119,73 @@ def sources(graph: Graph, kept: Tensor) -> dict[str, int]:
     return counts
 
 
+def speed(graph: Graph, texts: TokenData, data: TokenData, scope: Scope) -> dict[str, Any]:
+    """Processor seconds of each way by the number of latents, and how far apart their results are."""
+    where, out = "blocks.1.mlp", {}
+    x = collect_activations(graph, where, texts, limit=5000)
+    plain = Timing(data, scope).of(graph)
+    for n in LATENTS:
+        # what dictionary it is does not change the time
+        dictionary = untrained_dictionary(x, Recipe(n, k=8))
+        ways: dict[int, dict[str, tuple[float, Tensor]]] = {}
+        timing = Timing(data, scope)
+        for few in (feature_core.FEW, 0):
+            usual, feature_core.FEW = feature_core.FEW, few
+            finer = refine_features(graph, {where: dictionary}, {where: [[i] for i in range(n)]})
+            ways[few] = timing.of(finer)
+            feature_core.FEW = usual
+        fast, slow = ways.values()
+        out[str(n)] = {"nodes": len(finer.nodes), "edges": finer.n_edges} | {
+            name: {
+                "ratio": slow[name][0] / fast[name][0],
+                "seconds": [fast[name][0], slow[name][0], plain[name][0]],
+                "largest_difference": float((fast[name][1] - slow[name][1]).abs().max()),
+                "largest": float(slow[name][1].abs().max()),
+            }
+            for name in fast
+        }
+        sys.stdout.write(f"{n}: {out[str(n)]}\n")
+    return out
+
+
+@dataclass
+class Timing:
+    """Scores and cut graphs of one graph and then of the same graph computed in another way."""
+
+    data: TokenData
+    scope: Scope
+    kept: dict[str, Tensor] = field(default_factory=dict)
+
+    def of(self, graph: Graph) -> dict[str, tuple[float, Tensor]]:
+        """(processor seconds, the least of three; what came out)."""
+        options: dict[str, Any] = {"ablation": "counterfactual", "progress": False}
+        instead, paired = replacement(graph, self.data, "counterfactual")
+        first = score_edges(graph, self.data, self.scope, method="eap", **options)
+        if not self.kept:
+            generator = torch.Generator().manual_seed(0)
+            half = graph.edge_matrix & (torch.rand(graph.edge_matrix.shape, generator=generator) < 0.5)
+            self.kept = dict(zip(CUTS, (half, first.top(500)), strict=True))
+        spent = least(lambda: score_edges(graph, self.data, self.scope, **options))
+        out = {"scores": (spent, first.nats[graph.edge_matrix])}
+        distance = Distance(graph, paired, self.scope, instead)
+        distance.of_graph(graph)  # the whole graph's runs, which are kept
+        for name, keep in self.kept.items():
+            nats = distance.of(keep)
+            cut = instead.cut(graph, keep)
+            out[name] = least(partial(distance.of_graph, cut)), torch.tensor([nats])
+        return out
+
+
+def least(function: Callable[[], Any]) -> float:
+    """Processor seconds of the quickest of three."""
+    times = []
+    for _ in range(3):
+        started = time.process_time()
+        function()
+        times.append(time.process_time() - started)
+    return min(times)
+
+
 def main() -> None:
     started = time.time()
     torch.set_num_threads(1)
@@ -116,12 +193,17 @@ def main() -> None:
     task: Task = make_task("quotes", load_tokenizer(SHARED / "models" / NAME), n=2 * PROMPTS)
     found, held_out = task.split(0.5, 0)
     pair = found.paired, held_out.paired
-    finer, shares = split(graph, texts, found.data, task.scope)
-    result: dict[str, Any] = {"task": "quotes", "alone": shares, "exactness": exactness(graph, finer, held_out.data)}
-    for name, g in (("nodes", graph), ("features", finer)):
-        result[name] = measure(g, pair, task.scope)
-        sys.stdout.write(f"{name}: {result[name]}\n")
-        save("feature_circuits", result, started, "python -m benchmarks.feature_circuits")
+    path, parts = RESULTS / "feature_circuits.json", sys.argv[1:] or ["circuits", "speed"]
+    result: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+    if "speed" in parts:
+        result["speed"] = speed(graph, texts, found.paired.select(slice(0, SEQUENCES)), task.scope)
+    if "circuits" in parts:
+        finer, shares = split(graph, texts, found.data, task.scope)
+        result |= {"task": "quotes", "alone": shares, "exactness": exactness(graph, finer, held_out.data)}
+        for name, g in (("nodes", graph), ("features", finer)):
+            result[name] = measure(g, pair, task.scope)
+            sys.stdout.write(f"{name}: {result[name]}\n")
+    save("feature_circuits", result, started, "python -m benchmarks.feature_circuits")
 
 
 if __name__ == "__main__":

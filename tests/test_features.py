@@ -47,7 +47,7 @@ from unweave.features import (
     save_dictionary,
     train_dictionary,
 )
-from unweave.features.training import first_weights, jump, loss_of, step
+from unweave.features.losses import first_weights, jump, loss_of, step
 from unweave.freezing import freeze
 from unweave.scope import Scope
 from unweave.scoring import score_edges
@@ -412,6 +412,41 @@ def test_dead_latents_learn_what_is_left_over():
     assert bool((grad[7:].abs().sum(1) > 0).any())
 
 
+def test_batch_topk_keeps_the_largest_of_a_batch_and_then_what_exceeds_their_mean_minimum(monkeypatch):
+    """The loss against loops; the threshold against the minima over the pieces that follow."""
+    x, _ = planted(8, 6, 2.0, 40, seed=3)
+    recipe = Recipe(10, "batchtopk", k=2, steps=3, tokens=20)
+    w = first_weights(recipe, 6, 6, x.device)
+    value, fired = loss_of(w, x, x, recipe, 1.0, torch.zeros(10, dtype=torch.bool))
+    before = (x.double() @ w["encoder"].T.double()).numpy()
+    kept = sorted(range(before.size), key=lambda i: -before.flat[i])[: 2 * len(x)]
+    f = np.zeros_like(before)
+    f.flat[kept] = before.flat[kept].clip(0)
+    left = x.double().numpy() - f @ w["decoder"].T.double().numpy()
+    assert float(value) == pytest.approx((left**2).mean(), rel=1e-5)
+    assert fired.tolist() == (f > 0).any(0).tolist()
+    # of as many tokens per piece as there are, every piece is the same set
+    monkeypatch.setattr("unweave.features.training.THRESHOLD_PIECES", 3)
+    d = fit_dictionary(x, dataclasses.replace(recipe, tokens=40, learning_rate=1e-2))
+    assert d.activation == "jumprelu"
+    inner = F.linear(x, d.encoder, d.encoder_bias).flatten().sort(descending=True).values
+    torch.testing.assert_close(d.threshold, inner[2 * 40 - 1].expand(10))
+    assert int((d.encode(x) > 0).sum()) in (2 * 40 - 1, 2 * 40)
+
+
+def test_the_penalty_rises_as_long_as_the_recipe_says(monkeypatch):
+    x, _ = planted(8, 6, 2.0, 40, seed=3)
+    seen = []
+
+    def noted(weights, a, b, recipe, rise, dead):
+        seen.append(rise)
+        return loss_of(weights, a, b, recipe, rise, dead)
+
+    monkeypatch.setattr("unweave.features.training.loss_of", noted)
+    fit_dictionary(x, Recipe(10, "jumprelu", penalty=0.1, rise=0.5, steps=8, tokens=20))
+    assert seen == [0.25, 0.5, 0.75, 1.0, 1.0, 1.0, 1.0, 1.0]
+
+
 def test_a_killed_training_resumes_with_the_same_weights(induction, tmp_path, monkeypatch):
     data = unweave.load_data("zoo:induction", limit=20)
     recipe = Recipe(20, "jumprelu", penalty=0.01, steps=12, tokens=200)
@@ -713,7 +748,15 @@ def test_scaled_activations_of_saelens(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "name", ["AutoEncoder", "AutoEncoderNew", "AutoEncoderTopK", "BatchTopKSAE", "JumpReluAutoEncoder"]
+    "name",
+    [
+        "AutoEncoder",
+        "AutoEncoderNew",
+        "AutoEncoderTopK",
+        "BatchTopKSAE",
+        "JumpReluAutoEncoder",
+        "MatryoshkaBatchTopKSAE",
+    ],
 )
 def test_folders_of_dictionary_learning_compute_what_it_computes(tmp_path, name):
     """Their encode and decode (dictionary.py and trainers/), written again from their description."""
@@ -726,8 +769,10 @@ def test_folders_of_dictionary_learning_compute_what_it_computes(tmp_path, name)
     if name == "AutoEncoderTopK":
         top = f.topk(2, dim=-1)
         f = torch.zeros_like(f).scatter(-1, top.indices, top.values)
-    if name == "BatchTopKSAE":
+    if name in ("BatchTopKSAE", "MatryoshkaBatchTopKSAE"):
         f = f * (f > 0.4)
+    if name == "MatryoshkaBatchTopKSAE":
+        stored = w | {"threshold": torch.tensor(0.4), "group_sizes": torch.tensor([3, 4])}
     scale = torch.ones(7)
     if name == "JumpReluAutoEncoder":
         stored = w | {"threshold": torch.full((7,), 0.3)}

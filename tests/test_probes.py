@@ -8,14 +8,27 @@ import numpy as np
 import pytest
 import torch
 from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
-from sklearn.linear_model import Ridge
+from sklearn.linear_model import LogisticRegression, Ridge
 from sklearn.metrics import r2_score
 
 import unweave
 from unweave.data import from_tensor
 from unweave.errors import EmptyDataError, InputError, NonFiniteError, ShapeError, UnknownNameError
-from unweave.probes import Concept, control_task, fit_probe, probe_effect, probe_sums, probe_table, stream_places
+from unweave.probes import (
+    Concept,
+    control_task,
+    fit_logistic,
+    fit_probe,
+    logistic_probe,
+    online_code,
+    probe_effect,
+    probe_sums,
+    probe_table,
+    stream_places,
+)
+from unweave.probes.coding import SHARES
 from unweave.probes.effects import eraser
+from unweave.probes.logistic import PENALTIES, choose_penalty
 from unweave.zoo import brackets
 
 HALF = Concept("low half", lambda batch: (batch.inputs < 16).long(), classes=2)
@@ -110,6 +123,119 @@ def test_sums_that_cannot_be_fitted():
         probe_sums(x * torch.inf, y, said)
     with pytest.raises(InputError, match="rank"):
         fit_probe(sums, 3).directions(0)
+
+
+# ---- logistic probes and description length ---------------------------------------------------------------
+
+
+def labelled(n=300, classes=3, noise=0.7, seed=0):
+    """Activations of unequal scale away from 0, and classes that a noisy linear map of them gives."""
+    g = torch.Generator().manual_seed(seed)
+    x = torch.randn(n, 4, generator=g).double() * torch.tensor([1.0, 5.0, 0.3, 2.0]) + 3.0
+    scores = (x - 3.0) @ torch.randn(4, classes, generator=g).double()
+    return x, (scores + noise * torch.randn(n, classes, generator=g) * scores.std()).argmax(1)
+
+
+def standardised(x):
+    wide = x.double()
+    z = (wide - wide.mean(0)) / (wide - wide.mean(0)).square().mean().sqrt()
+    return torch.cat([z, torch.ones(len(z), 1).double()], 1)
+
+
+@pytest.mark.parametrize("penalty", [0.1, 1e-3])
+def test_classes_are_logistic_regression(penalty):
+    x, label = labelled()
+    weight, bias, _ = fit_logistic(x, label, 3, penalty)
+    z = standardised(x).numpy()
+    oracle = LogisticRegression(C=1 / (len(x) * penalty), fit_intercept=False, tol=1e-9, max_iter=5000).fit(z, label)
+    theirs = torch.from_numpy(oracle.predict_log_proba(z))
+    torch.testing.assert_close((x @ weight.T + bias).log_softmax(-1), theirs, atol=1e-4, rtol=1e-4)
+
+
+def test_the_penalty_is_the_one_of_the_best_held_out_likelihood():
+    x, label = labelled(60, noise=2.0)
+    losses = []
+    for penalty in PENALTIES:
+        weight, bias, _ = fit_logistic(x[:48], label[:48], 3, penalty)
+        logs = (x[48:] @ weight.T + bias).log_softmax(-1)
+        losses.append(-float(logs[torch.arange(12), label[48:]].sum()))
+    assert choose_penalty(x, label, 3) == PENALTIES[int(np.argmin(losses))]
+    assert choose_penalty(x[:1], label[:1], 3) == PENALTIES[0]
+    probe = logistic_probe(x, label, 3)
+    weight, bias, _ = fit_logistic(x, label, 3, choose_penalty(x, label, 3))
+    torch.testing.assert_close(probe.outputs(x), x @ weight.T + bias)
+    torch.testing.assert_close(probe.covariance, torch.from_numpy(np.cov(x.numpy().T, bias=True)))
+    assert probe.label_mean.tolist() == pytest.approx([float((label == c).double().mean()) for c in range(3)])
+
+
+def plain_probabilities(x, label, classes, penalty, fresh):
+    """What a penalised softmax regression says of fresh rows: Newton's method on the whole Hessian."""
+    wide = x.double()
+    mean, scale = wide.mean(0), float((wide - wide.mean(0)).square().mean().sqrt()) or 1.0
+
+    def rows(t):
+        return torch.cat([(t.double() - mean) / scale, torch.ones(len(t), 1).double()], 1)
+
+    def loss(flat):
+        logs = (rows(x) @ flat.reshape(classes, -1).T).log_softmax(-1)
+        return -logs[torch.arange(len(x)), label].mean() + penalty / 2 * flat @ flat
+
+    flat = torch.zeros(classes * (x.shape[1] + 1), dtype=torch.float64)
+    for _ in range(60):
+        slope = torch.autograd.functional.jacobian(loss, flat)
+        move = torch.linalg.solve(torch.autograd.functional.hessian(loss, flat), slope)
+        size = 1.0
+        while loss(flat - size * move) > loss(flat) and size > 1e-6:
+            size /= 2
+        flat = flat - size * move
+    return (rows(fresh) @ flat.reshape(classes, -1).T).softmax(-1)
+
+
+def test_the_online_code_is_its_definition():
+    """Label by label, of 2 classes in the first pieces of which one has not come."""
+    x, label = labelled(64, 2, noise=0.3, seed=2)
+    label = label.sort().values[
+        torch.cat([torch.arange(2), 2 + torch.randperm(62, generator=torch.Generator().manual_seed(0))])
+    ]
+    found = online_code(x, label, 2)
+    ends = sorted({math.ceil(share * 64) for share in SHARES} | {64})
+    bits = 0.0
+    for j in range(64):
+        sent = max((e for e in ends if e <= j), default=0)
+        if not sent:
+            bits += 1.0
+            continue
+        if j == sent:
+            penalty = choose_penalty(x[:sent], label[:sent], 2)
+            told = plain_probabilities(x[:sent], label[:sent], 2, penalty, x[sent:])
+        bits -= math.log2(float(told[j - sent, label[j]]))
+    assert found.bits == pytest.approx(bits, rel=1e-4)
+    assert found.uniform_bits == 64.0
+    assert found.bits_per_label == pytest.approx(bits / 64, rel=1e-4)
+    assert found.compression == pytest.approx(64 / bits, rel=1e-4)
+
+
+def test_labels_at_random_are_not_compressed_and_clear_ones_are():
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(2000, 6, generator=g)
+    assert online_code(x, torch.randint(0, 4, (2000,), generator=g), 4).compression == pytest.approx(1, abs=0.05)
+    assert online_code(x, (x[:, 2] > 0).long(), 2).compression > 10
+    # rarer classes cost less than a uniform code, even where nothing can be read
+    assert online_code(x, (torch.rand(2000, generator=g) < 0.1).long(), 2).compression == pytest.approx(2.13, abs=0.3)
+
+
+def test_probes_that_cannot_be_logistic():
+    x, label = labelled(20)
+    with pytest.raises(InputError, match="classes"):
+        fit_logistic(x, label, 1, 0.1)
+    with pytest.raises(InputError, match="penalty"):
+        fit_logistic(x, label, 3, 0.0)
+    with pytest.raises(InputError, match="labels must be"):
+        fit_logistic(x, label, 2, 0.1)
+    with pytest.raises(EmptyDataError):
+        online_code(x[:0], label[:0], 3)
+    with pytest.raises(NonFiniteError):
+        online_code(x * torch.inf, label, 3)
 
 
 # ---- concepts and control tasks ---------------------------------------------------------------------------
@@ -220,8 +346,35 @@ def test_brokenness_comes_with_depth_and_training(dyck):
     assert {"concept", "step", "layer", "score_low", "selectivity"} <= set(found.table()[0])
 
 
+def test_tables_with_logistic_probes_and_codes(dyck):
+    graph, train, held = dyck
+    train = train.select(slice(0, 60))
+    broken = Concept("broken", lambda b: torch.where(b.inputs < 2, (brackets.status(b.inputs) == 0).long(), -1), 2)
+    options = {"places": [LAST], "method": "logistic", "code": True, "control": "token at position"}
+    found = probe_table(graph, [broken, ELEVATION], train, held, **options)
+    order = torch.randperm(60, generator=torch.Generator().manual_seed(0))
+    shuffled = train.select(order)
+    x, said = activations(graph, shuffled, LAST), shuffled.tokens < 2
+    label = (brackets.status(shuffled.tokens.long()) == 0).long()
+    row = found.find("broken", LAST)
+    assert row.code.bits == pytest.approx(online_code(x[said], label[said], 2).bits, rel=1e-3)
+    wanted = logistic_probe(x[said], label[said], 2)
+    torch.testing.assert_close(row.probe.outputs(x), wanted.outputs(x), atol=1e-2, rtol=1e-2)
+    assert row.score.value > 0.97
+    plain = found.table()
+    assert plain[0]["compression"] > plain[0]["control_compression"] > 1
+    assert plain[0]["bits_per_label"] == pytest.approx(row.code.bits / int(said.sum()))
+    assert math.isnan(plain[1]["compression"])  # a number has no code
+    assert found.find("elevation", LAST).score.value > 0.5
+    few = probe_table(graph, [broken], train, held, places=[LAST], code=True, control=None, limit=100).rows[0]
+    assert 0 < few.code.n <= 100
+    assert few.control_code is None
+
+
 def test_sweeps_of_nothing(dyck):
     graph, train, held = dyck
+    with pytest.raises(InputError, match="method"):
+        probe_table(graph, [ELEVATION], train, held, method="forest")
     with pytest.raises(InputError, match="at least one graph"):
         probe_table({}, [ELEVATION], train, held)
     with pytest.raises(InputError, match="different names"):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from benchmarks.sections.markdown import interval, load, table
 
+CUTS = ("half of the edges", "500 edges")
+
 
 def synthetic() -> str:
     result = load("dictionaries")
@@ -74,6 +76,41 @@ def circuits() -> str:
     text += " nodes; faithfulness on held-out prompts"
     head = ["graph", "edges", "faithfulness", "without error nodes"]
     return f"**Circuits over features** (`{result['command']}`): {text}:\n\n" + table(head, rows)
+
+
+def single_latents() -> str:
+    result = load("feature_circuits")
+    if result is None or "speed" not in result:
+        return ""
+    rows = [
+        [n, f"{found['edges']:,}", *(f"{found[name]['ratio']:.1f}x" for name in ("scores", *CUTS))]
+        for n, found in result["speed"].items()
+    ]
+    text = "one MLP of stories260K, every latent a node of its own: how many times longer it takes to compute the whole"
+    text += " layer for each node than its latents alone (processor time, the same results up to rounding)"
+    head = ["latents", "edges", "scores of all edges", *(f"a graph of {name}" for name in CUTS)]
+    return f"**Single latents** (`{result['command']}`): {text}:\n\n" + table(head, rows)
+
+
+def probes() -> str:
+    """What the trained network and the untrained one hold; only rows with a code are shown with one."""
+    result = load("probes")
+    if result is None or "logistic" not in result["when"][0]:
+        return ""
+    steps = sorted({row["step"] for row in result["when"]})
+    figures = ("score", "control", "logistic", "logistic_control", "compression", "control_compression")
+    rows = [
+        [row["concept"], str(row["step"]), row["place"], *(f"{row[f][0]:.2f}" if f in row else "–" for f in figures)]
+        for row in result["when"]
+        if row["step"] in (steps[0], steps[-1])
+    ]
+    text = f"zoo:brackets trained {result['seeds']} times; before training and after it, by place: accuracy (R² of"
+    text += (
+        " numbers) of probes in closed form and of logistic ones, each beside a control task with labels by token at"
+    )
+    text += " position, and how much shorter than a uniform code the labels are sent (online code)"
+    head = ["concept", "step", "place", "score", "control", "logistic", "control", "compression", "control"]
+    return f"**Probes** (`{result['command']}`): {text}:\n\n" + table(head, rows)
 
 
 def latents() -> str:

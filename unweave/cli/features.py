@@ -31,8 +31,8 @@ def features(
     width: Annotated[
         list[int] | None, typer.Option("--width", "-w", help="Latents (the default: 128, 512 and 2048); repeatable.")
     ] = None,
-    kind: Annotated[str, typer.Option(help="topk, jumprelu or relu.")] = "topk",
-    k: Annotated[int, typer.Option(help="Active latents per token (topk).")] = 8,
+    kind: Annotated[str, typer.Option(help="topk, batchtopk, jumprelu or relu.")] = "topk",
+    k: Annotated[int, typer.Option(help="Active latents per token (topk, batchtopk).")] = 8,
     penalty: Annotated[float, typer.Option(help="Share of the variance that an active latent must be worth.")] = 0.01,
     steps: Annotated[int, typer.Option(help="Steps of Adam.")] = 2000,
     learning_rate: Annotated[float, typer.Option(help="Of Adam, at its highest.")] = 3e-3,
@@ -52,7 +52,7 @@ def features(
         check_survey_destination(output, overwrite)
         graph, source, tokenizer = graph_of(model)
         site = find_site(graph, node)
-        own = {"k": k} if kind == "topk" else {"penalty": penalty}
+        own = {"k": k} if kind in ("topk", "batchtopk") else {"penalty": penalty}
         options: dict[str, Any] = {"kind": kind, "steps": steps, "learning_rate": learning_rate, "seed": seed, **own}
         recipes = {f"{kind}-{w}": Recipe(w, **options) for w in sorted(set(width or WIDTHS))}
         rows = load_rows(graph, source, data, tokenizer, context, sequences)

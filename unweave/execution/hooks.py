@@ -93,7 +93,8 @@ class Hooks:
             x[:, nodes.index(edge.dst)] += self._apply(t, text, sent) - sent
         return self._each_node(t, s, name, x)
 
-    def core(self, t: Trace, s: int, reads: tuple[Tensor, ...]) -> Tensor:
+    def core(self, t: Trace, s: int, reads: tuple[Tensor, ...], row_of: Tensor | None = None) -> Tensor:
+        """Codes of all nodes (``row_of``: of which row of the reads each; by default its own or the one of all)."""
         stage = t.plan.stages[s].stage
         core, nodes = stage.core, stage.nodes
         wanted = self.active and any(n + ".pattern" in self.record or n + ".pattern" in self.patch for n in nodes)
@@ -101,6 +102,6 @@ class Hooks:
             pattern = self._each_node(t, s, ".pattern", core.pattern(reads[0], reads[1], t.context))
             codes = core.mix(pattern, reads[2])
         else:
-            codes = core.forward(reads, t.context)
+            codes = core.forward(reads, t.context) if row_of is None else core.forward_rows(reads, row_of, t.context)
         codes = at_positions(stage, codes)
         return at_positions(stage, self._each_node(t, s, ".code", codes)) if self.active else codes

@@ -13,7 +13,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from unweave.graph import Graph, Port, Read, Stage
-from unweave.ops import Dense, LinearMap, LowRank, Norm, Placed, RMSNorm
+from unweave.ops import Dense, FeatureCore, LinearMap, LowRank, Norm, Placed, RMSNorm
 
 __all__ = ["Plan", "PortPlan", "StagePlan", "plan_of", "write_each"]
 
@@ -61,6 +61,10 @@ class ReadPlan:
 
     def apart(self, x: Float[Tensor, "batch row pos d"], row_of: Int[Tensor, " nodes"]) -> Tensor:
         """The reads of inputs that differ: node n reads row ``row_of[n]``."""
+        if self.blocks == 1:
+            out = self.shared(rearrange(x, "b r t d -> (b r) t d"))
+            out = rearrange(out, "(b r) 1 t w -> b r t w", r=x.shape[1])
+            return out if x.shape[1] == len(row_of) else out[:, row_of]
         first, weight = self.per_node
         x = first.apply(x) if first is not None else x
         x = x if x.shape[1] == len(row_of) else x[:, row_of]
@@ -102,6 +106,16 @@ class StagePlan:
         """The tables of all ports that have one, so that one product makes all their sums."""
         tables = [port.table for port in self.ports if port.table is not None]
         return torch.cat(tables) if tables else None
+
+    @cached_property
+    @torch.inference_mode(False)
+    def joint_rows(self) -> tuple[Int[Tensor, "ports row"], Int[Tensor, " nodes"]] | None:
+        """(of each port, the rows that nodes hear together; of each node, which of these), where the core can be
+        computed once for all nodes that hear the same."""
+        if not isinstance(self.stage.core, FeatureCore) or self.stage.positions is not None or not self.ports:
+            return None
+        together, of_node = torch.stack([port.row_of for port in self.ports]).unique(dim=1, return_inverse=True)
+        return together, of_node
 
     @property
     def rows(self) -> tuple[int, ...]:
@@ -231,7 +245,10 @@ def write_each(
         places = torch.eye(codes.shape[1], dtype=codes.dtype, device=codes.device)
         each = rearrange(torch.einsum("bntw,nm->bntmw", codes, places), "b n t m w -> b n t (m w)")
     else:
-        each = codes @ plan.node_write.to(codes)  # an identity's matrix knows no device
+        weight = plan.node_write.to(codes)  # an identity's matrix knows no device
+        # where texts are short, a product of stacks copies more matrices than codes
+        short = codes.shape[2] < weight.shape[2]
+        each = torch.einsum("bntw,nwd->bntd", codes, weight) if short else codes @ weight
     post = plan.stage.post
     if post is None:
         return each

@@ -57,9 +57,10 @@ def run_stages(t: Trace, start: int, hooks: Hooks | None = None, stop: int | Non
 
 def _run_stage(t: Trace, s: int, hooks: Hooks) -> None:
     plan = t.plan.stages[s]
+    joint = None if t.keep or hooks.active else plan.joint_rows
     reads: list[Tensor] = []
     normed_once: dict[tuple[int, int], Tensor] = {}  # ports that hear the same often share their norm, too
-    for port, heard in zip(plan.ports, _hear(t, plan), strict=True):
+    for number, (port, heard) in enumerate(zip(plan.ports, _hear(t, plan), strict=True)):
         x = hooks.port(t, s, port, heard)
         norm, key = port.norm, (id(x), id(port.norm))
         if key not in normed_once:
@@ -68,17 +69,24 @@ def _run_stage(t: Trace, s: int, hooks: Hooks) -> None:
         if x.shape[1] == 1:
             got = tuple(read.shared(normed[:, 0]) for read in port.reads)
         else:
-            row_of = port.row_of if x.shape[1] == int(port.row_of.max()) + 1 else torch.arange(x.shape[1])
+            row_of = port.row_of if joint is None else joint[0][number]
+            row_of = row_of if x.shape[1] == int(port.row_of.max()) + 1 else torch.arange(x.shape[1])
             got = tuple(read.apart(normed, row_of) for read in port.reads)
         if t.keep:
             # one read per node, so that gradients at the reads tell apart heads that share keys and values
             got = tuple(
-                r.repeat_interleave(p.copies, 1) if r.shape[1] < len(plan.stage.nodes) else r
+                _one_each(r, p.copies) if r.shape[1] < len(plan.stage.nodes) else r
                 for r, p in zip(got, port.reads, strict=True)
             )
             t.inputs[s, port.port.name], t.normed[s, port.port.name], t.reads[s, port.port.name] = x, normed, got
         reads.extend(got)
-    finish_stage(t, s, hooks.core(t, s, tuple(reads)), hooks)
+    apart = joint is not None and any(read.shape[1] > 1 for read in reads)
+    finish_stage(t, s, hooks.core(t, s, tuple(reads), joint[1] if joint is not None and apart else None), hooks)
+
+
+def _one_each(read: Float[Tensor, "batch block pos width"], copies: int) -> Float[Tensor, "batch node pos width"]:
+    """A read of each node; where all share one, that one seen many times."""
+    return read.expand(-1, copies, -1, -1) if read.shape[1] == 1 else read.repeat_interleave(copies, 1)
 
 
 def finish_stage(t: Trace, s: int, codes: Tensor, hooks: Hooks | None = None) -> None:

@@ -22,6 +22,7 @@ from unweave.features.quantities import (
     measure_activity,
     polysemanticity,
 )
+from unweave.features.recipes import Recipe
 from unweave.features.refining import refine_features
 from unweave.features.sites import Site, find_site
 from unweave.features.splitting import Splitting, measure_splitting
@@ -33,7 +34,7 @@ from unweave.features.surveying import (
     survey_features,
     untrained_dictionary,
 )
-from unweave.features.training import Recipe, fit_dictionary, train_dictionary
+from unweave.features.training import fit_dictionary, train_dictionary
 from unweave.ops import Dictionary
 
 __all__ = [

@@ -3,9 +3,9 @@
 SAELens: ``cfg.json`` and ``sae_weights.safetensors`` (W_enc ``[d_in d_sae]``, b_enc, W_dec ``[d_sae d_in]``, b_dec,
 threshold), architectures standard, topk, jumprelu, transcoder and jumprelu_transcoder, configurations of versions 3 to
 6. dictionary_learning: ``config.json`` and the weights as ``ae.safetensors``, classes AutoEncoder, AutoEncoderNew,
-AutoEncoderTopK, BatchTopKSAE and JumpReluAutoEncoder. What they do at run time besides f = act(E x + e), x^ = D f + d
-(centring by b_dec, rescaling by the length of decoder columns or by a constant) is folded into the weights, so the
-function is the same; what cannot be folded (a normalisation of every token) is refused.
+AutoEncoderTopK, BatchTopKSAE, MatryoshkaBatchTopKSAE and JumpReluAutoEncoder. What they do at run time besides f =
+act(E x + e), x^ = D f + d (centring by b_dec, rescaling by the length of decoder columns or by a constant) is folded
+into the weights, so the function is the same; what cannot be folded (a normalisation of every token) is refused.
 """
 
 from __future__ import annotations
@@ -257,16 +257,13 @@ def _from_dictionary_learning(folder: Path, config: Mapping[str, Any]) -> Dictio
     name = (trainer if isinstance(trainer, dict) else {}).get("dict_class")
     if not (folder / "ae.safetensors").is_file() and (folder / "ae.pt").is_file():
         raise InputError(f"{folder}: {TO_SAFETENSORS}")
-    if name == "JumpReluAutoEncoder":
-        w = _need(folder / "ae.safetensors", ("W_enc", "b_enc", "W_dec", "b_dec", "threshold"))
-        encoder, bias, decoder, constant = w["W_enc"].T, w["b_enc"], w["W_dec"].T, w["b_dec"]
-        _check_shapes(folder, encoder, bias, decoder, constant)
-        encoder, bias, decoder, threshold = _unit_columns(encoder, bias, decoder, w["threshold"])
-        return _build(folder, encoder, bias, decoder, constant, "jumprelu", None, threshold)
+    if name in ("JumpReluAutoEncoder", "MatryoshkaBatchTopKSAE"):
+        return _with_threshold(folder, is_batch=name != "JumpReluAutoEncoder")
     constants = {"AutoEncoder": "bias", "AutoEncoderNew": "decoder.bias", "AutoEncoderTopK": "b_dec"}
     constants["BatchTopKSAE"] = "b_dec"
     if name not in constants:
-        raise InputError(f"{folder}: class {name!r} is not supported; known: {sorted(constants)}, JumpReluAutoEncoder")
+        known = [*sorted(constants), "JumpReluAutoEncoder", "MatryoshkaBatchTopKSAE"]
+        raise InputError(f"{folder}: class {name!r} is not supported; known: {', '.join(known)}")
     needed = ("encoder.weight", "encoder.bias", "decoder.weight", constants[name])
     w = _need(folder / "ae.safetensors", needed + (("k",) if name == "AutoEncoderTopK" else ()))
     encoder, bias, decoder, constant = (w[n] for n in needed)
@@ -280,6 +277,19 @@ def _from_dictionary_learning(folder: Path, config: Mapping[str, Any]) -> Dictio
         threshold = _need(folder / "ae.safetensors", ("threshold",))["threshold"].clamp(min=0).expand_as(bias)
         return _build(folder, encoder, bias, decoder, constant, "jumprelu", None, threshold)
     return _build(folder, encoder, bias, decoder, constant, "relu", None)
+
+
+def _with_threshold(folder: Path, is_batch: bool) -> Dictionary:
+    """JumpReluAutoEncoder (a threshold each, columns of any length) or MatryoshkaBatchTopKSAE (one for all)."""
+    w = _need(folder / "ae.safetensors", ("W_enc", "b_enc", "W_dec", "b_dec", "threshold"))
+    encoder, bias, decoder, constant = w["W_enc"].T, w["b_enc"], w["W_dec"].T, w["b_dec"]
+    _check_shapes(folder, encoder, bias, decoder, constant)
+    threshold: Tensor | None = w["threshold"]
+    if is_batch:
+        bias, threshold = bias - encoder @ constant, w["threshold"].expand_as(bias)
+    else:
+        encoder, bias, decoder, threshold = _unit_columns(encoder, bias, decoder, threshold)
+    return _build(folder, encoder, bias, decoder, constant, "jumprelu", None, threshold)
 
 
 # ---- weights --------------------------------------------------------------------------------------------

@@ -18,11 +18,13 @@ from unweave.evaluation import Estimate
 from unweave.features.bases import find_basis
 from unweave.features.comparison import FeatureRow, PrivilegedBasis, compare_features, measure_privilege
 from unweave.features.loading import hook_of, save_dictionary
+from unweave.features.losses import first_weights
+from unweave.features.recipes import Recipe
 from unweave.features.refining import refine_features
 from unweave.features.sites import find_site
 from unweave.features.splitting import Splitting, measure_splitting
 from unweave.features.streaming import collect_activations
-from unweave.features.training import Recipe, first_weights, fit_dictionary
+from unweave.features.training import fit_dictionary
 from unweave.files import write_folder, write_json
 from unweave.graph import Graph
 from unweave.ops import Dictionary

@@ -1,14 +1,9 @@
 """Train sparse dictionaries: autoencoders of a site, and transcoders of an MLP.
 
-In units in which inputs are centred and each token has a square of d on average, minimise per token
-
-    |y - x^|^2 / d + penalty * (number of latents above their threshold, or sum of latents) + 1/32 * auxiliary loss
-
-with Adam and columns of the decoder of length one. The number of latents ("jumprelu") has straight-through gradients
-for the threshold: d/dt H(z - t) = -K((z - t) / w) / w and d/dt JumpReLU = -t K((z - t) / w) / w, K the box of height 1
-on [-1/2, 1/2]. The auxiliary loss lets latents that have not fired for long reconstruct what the others leave out.
-Source: Gao et al. 2024, "Scaling and evaluating sparse autoencoders"; Rajamanoharan et al. 2024, "Jumping Ahead:
-Improving Reconstruction Fidelity with JumpReLU Sparse Autoencoders"; Cunningham et al. 2023; Dunefsky et al. 2024.
+The loss of :mod:`unweave.features.losses` is minimised by Adam with columns of the decoder of length one. A "batchtopk"
+dictionary becomes a "jumprelu" one: at run time there is no batch to choose from, and a latent counts above one
+threshold for all, the mean over pieces of the smallest latent that was kept (Bussmann et al. 2024).
+Source: Gao et al. 2024; Rajamanoharan et al. 2024; Cunningham et al. 2023; Dunefsky et al. 2024.
 """
 
 from __future__ import annotations
@@ -16,16 +11,19 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from unweave.data import TokenData, float_data
 from unweave.errors import InputError, NonFiniteError, ShapeError
+from unweave.features.losses import Weights, first_weights, least_kept, loss_of
+from unweave.features.recipes import Recipe
 from unweave.features.sites import find_site
 from unweave.features.streaming import ActivationStream, Pair
 from unweave.files import Checkpoint
@@ -35,108 +33,13 @@ from unweave.progress import track
 from unweave.scope import Scope
 from unweave.statistics import identify
 
-__all__ = ["KINDS", "Recipe", "fit_dictionary", "jump", "step", "train_dictionary"]
+__all__ = ["fit_dictionary", "train_dictionary"]
 
-KINDS = ("topk", "jumprelu", "relu")
 CHECKPOINT_EVERY = 500
-AUXILIARY = 1 / 32
-FIRST_THRESHOLD = 0.1
-# shares of the steps: the learning rate and the penalty rise over the first, the rate falls to zero over the last
+# shares of the steps: the learning rate rises over the first and falls to zero over the last
 RISE, FALL = 0.05, 0.3
-
-Weights = dict[str, Tensor]
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """How a dictionary is trained.
-
-    Attributes:
-        width: how many latents.
-        kind: their activation, one of :data:`KINDS`.
-        k: active latents per token, for "topk".
-        penalty: for "jumprelu", the share of the variance that one active latent must be worth; for "relu", what a
-            latent's size costs.
-        steps: of Adam.
-        tokens: per step.
-        learning_rate: at its highest.
-        bandwidth: w, for "jumprelu", in the units of training.
-        dead_after: a latent that has not fired for so many steps is dead.
-        seed: of the first weights and of the order of tokens.
-    """
-
-    width: int
-    kind: str = "topk"
-    k: int | None = None
-    penalty: float | None = None
-    steps: int = 4000
-    tokens: int = 1024
-    learning_rate: float = 1e-3
-    bandwidth: float = 0.1
-    dead_after: int = 200
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        if self.kind not in KINDS:
-            raise InputError(f"unknown kind {self.kind!r} of dictionary; choose one of {', '.join(KINDS)}")
-        counts = (self.width, self.steps, self.tokens, self.dead_after)
-        if min(counts) < 1 or not self.learning_rate > 0 or not self.bandwidth > 0:
-            raise InputError(f"sizes, steps and rates must be positive, got {self}")
-        if (self.kind == "topk") != (self.k is not None) or not 1 <= (self.k or 1) <= self.width:
-            raise InputError(f"'topk' needs k of 1..{self.width}, the others none; got {self.k!r} for {self.kind!r}")
-        if (self.kind == "topk") == (self.penalty is not None) or not (self.penalty or 0) >= 0:
-            raise InputError(f"all but 'topk' need a penalty of at least 0, got {self.penalty!r} for {self.kind!r}")
-
-
-class _Jump(torch.autograd.Function):
-    """JumpReLU with a straight-through gradient for the threshold."""
-
-    @staticmethod
-    def forward(ctx: Any, before: Tensor, threshold: Tensor, bandwidth: float) -> Tensor:
-        ctx.save_for_backward(before, threshold)
-        ctx.bandwidth = bandwidth
-        return torch.where(before > threshold, before, 0.0)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:  # type: ignore[override]
-        before, threshold = ctx.saved_tensors
-        box = _box(before, threshold, ctx.bandwidth)
-        return grad * (before > threshold), (-threshold * box * grad).sum(0), None
-
-
-class _Step(torch.autograd.Function):
-    """The Heaviside step with a straight-through gradient for the threshold alone."""
-
-    @staticmethod
-    def forward(ctx: Any, before: Tensor, threshold: Tensor, bandwidth: float) -> Tensor:
-        ctx.save_for_backward(before, threshold)
-        ctx.bandwidth = bandwidth
-        return (before > threshold).to(before)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor, None]:  # type: ignore[override]
-        before, threshold = ctx.saved_tensors
-        return None, (-_box(before, threshold, ctx.bandwidth) * grad).sum(0), None
-
-
-def _box(before: Tensor, threshold: Tensor, bandwidth: float) -> Tensor:
-    return ((before - threshold).abs() < bandwidth / 2).to(before) / bandwidth
-
-
-def jump(
-    before: Float[Tensor, "tokens latents"], threshold: Float[Tensor, " latents"], bandwidth: float
-) -> Float[Tensor, "tokens latents"]:
-    """JumpReLU; its gradient is exact in ``before`` and straight-through in the threshold (module's text)."""
-    out: Tensor = _Jump.apply(before, threshold, bandwidth)
-    return out
-
-
-def step(
-    before: Float[Tensor, "tokens latents"], threshold: Float[Tensor, " latents"], bandwidth: float
-) -> Float[Tensor, "tokens latents"]:
-    """1 above the threshold, 0 else; straight-through gradient in the threshold, none in ``before``."""
-    out: Tensor = _Step.apply(before, threshold, bandwidth)
-    return out
+# pieces after the last step that the threshold of "batchtopk" is the mean over
+THRESHOLD_PIECES = 64
 
 
 def train_dictionary(
@@ -290,19 +193,30 @@ class _Training:
             quiet = self._one_step(number, units.apply(*pair), weights, optimiser, quiet)
             if self.saver is not None and (number + 1) % CHECKPOINT_EVERY == 0:
                 self._save(number + 1, units, weights, optimiser, quiet)
+        weights = {n: w.detach() for n, w in weights.items()}
+        if self.recipe.kind == "batchtopk":
+            weights["threshold"] = self._threshold(weights, units, [first, *islice(pieces, THRESHOLD_PIECES - 1)])
         if self.saver is not None:
             self.saver.clear()
-        return _in_own_units({n: w.detach() for n, w in weights.items()}, units, self.recipe, self.is_transcoder)
+        return _in_own_units(weights, units, self.recipe, self.is_transcoder)
+
+    def _threshold(self, weights: Weights, units: _Units, pieces: list[Pair]) -> Float[Tensor, " latents"]:
+        """The smallest latent that is kept, on average over pieces."""
+        k, found = self.recipe.k or 1, []
+        for x, y in pieces:
+            before = F.linear(units.apply(x, y)[0], weights["encoder"], weights["encoder_bias"])
+            found.append(least_kept(before, k))
+        return torch.stack(found).mean().expand(self.recipe.width).clone()
 
     def _one_step(
         self, number: int, pair: Pair, weights: Weights, optimiser: torch.optim.Adam, quiet: Int[Tensor, " latents"]
     ) -> Int[Tensor, " latents"]:
         recipe = self.recipe
         done = number / recipe.steps
-        rise = min(1.0, (number + 1) / max(1.0, RISE * recipe.steps))
+        rise, penalty = (min(1.0, (number + 1) / max(1.0, share * recipe.steps)) for share in (RISE, recipe.rise))
         optimiser.param_groups[0]["lr"] = recipe.learning_rate * rise * min(1.0, (1 - done) / FALL)
         with torch.enable_grad():
-            value, fired = loss_of(weights, *pair, recipe, rise, quiet >= recipe.dead_after)
+            value, fired = loss_of(weights, *pair, recipe, penalty, quiet >= recipe.dead_after)
         if not bool(torch.isfinite(value)):
             raise NonFiniteError(f"training diverged at step {number}; lower the learning rate {recipe.learning_rate}")
         optimiser.zero_grad()
@@ -333,65 +247,6 @@ def _restore(optimiser: torch.optim.Adam, weights: Weights, kept: Weights, done:
         optimiser.state[w] = {"step": torch.tensor(float(done)), **moments}
 
 
-def first_weights(recipe: Recipe, d_in: int, d_out: int, device: torch.device) -> Weights:
-    """Random unit columns in the decoder, and the encoder its transpose where both are of one space."""
-    generator = torch.Generator().manual_seed(recipe.seed)
-    decoder = F.normalize(torch.randn(d_out, recipe.width, generator=generator), dim=0)
-    encoder = decoder.T.clone()
-    if d_in != d_out:
-        encoder = F.normalize(torch.randn(recipe.width, d_in, generator=generator), dim=1)
-    weights = {"encoder": encoder, "encoder_bias": torch.zeros(recipe.width), "decoder": decoder}
-    weights["decoder_bias"] = torch.zeros(d_out)
-    if recipe.kind == "jumprelu":
-        weights["threshold"] = torch.full((recipe.width,), FIRST_THRESHOLD)
-    return {name: w.to(device) for name, w in weights.items()}
-
-
-def loss_of(
-    weights: Weights,
-    x: Float[Tensor, "tokens d_in"],
-    y: Float[Tensor, "tokens d_out"],
-    recipe: Recipe,
-    rise: float,
-    dead: Bool[Tensor, " latents"],
-) -> tuple[Float[Tensor, ""], Bool[Tensor, " latents"]]:
-    """(the loss, which latents fired), in the units of training.
-
-    Args:
-        rise: the share of the penalty that counts already.
-        dead: latents that have not fired for long.
-    """
-    before = F.linear(x, weights["encoder"], weights["encoder_bias"])
-    price = (recipe.penalty or 0.0) * rise
-    if recipe.kind == "jumprelu":
-        latents = jump(before, weights["threshold"], recipe.bandwidth)
-        cost = price * step(before, weights["threshold"], recipe.bandwidth).sum(1).mean()
-    elif recipe.kind == "relu":
-        latents = before.relu()
-        cost = price * latents.sum(1).mean()
-    else:
-        latents = _largest(before, recipe.k or 1)
-        cost = before.new_zeros(())
-    left_over = y - F.linear(latents, weights["decoder"], weights["decoder_bias"])
-    value = left_over.square().mean() + cost + AUXILIARY * _auxiliary(weights, before, left_over.detach(), dead)
-    return value, (latents > 0).any(0)
-
-
-def _largest(before: Float[Tensor, "tokens latents"], k: int) -> Float[Tensor, "tokens latents"]:
-    top = before.topk(k, dim=1, sorted=False)
-    return torch.zeros_like(before).scatter(1, top.indices, top.values.relu())
-
-
-def _auxiliary(weights: Weights, before: Tensor, left_over: Tensor, dead: Bool[Tensor, " latents"]) -> Tensor:
-    """The share of what was left over that the best dead latents leave over in turn."""
-    k = min(left_over.shape[1] // 2, int(dead.sum()))
-    if k == 0:
-        return before.new_zeros(())
-    latents = _largest(torch.where(dead, before, -torch.inf), k)
-    again = left_over - latents @ weights["decoder"].T
-    return again.square().mean() / (left_over - left_over.mean(0)).square().mean().clamp(min=1e-12)
-
-
 def _in_own_units(w: Weights, units: _Units, recipe: Recipe, is_transcoder: bool) -> Dictionary:
     """The same dictionary of the activations as they are, columns of the decoder of length one."""
     wide = {name: t.double() for name, t in w.items()}
@@ -403,8 +258,8 @@ def _in_own_units(w: Weights, units: _Units, recipe: Recipe, is_transcoder: bool
         (bias * scale).float(),
         w["decoder"],
         (wide["decoder_bias"] * scale + units.mean_out.double()).float(),
-        recipe.kind,
-        recipe.k,
+        "jumprelu" if "threshold" in w else recipe.kind,
+        recipe.k if recipe.kind == "topk" else None,
         (wide["threshold"] * scale).float() if "threshold" in w else None,
         is_transcoder,
     )

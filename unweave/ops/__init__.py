@@ -2,7 +2,8 @@
 
 from unweave.ops.convolution import Chain, Convolution, Pair, Pool, slid_size
 from unweave.ops.cores import ACTIVATIONS, Activation, Attention, Context, Core, FloatInput, Lookup, Readout, Rotary
-from unweave.ops.dictionaries import LATENT_ACTIVATIONS, Dictionary, FeatureCore
+from unweave.ops.dictionaries import LATENT_ACTIVATIONS, Dictionary
+from unweave.ops.feature_core import FeatureCore
 from unweave.ops.linear import (
     Dense,
     Identity,

@@ -77,6 +77,12 @@ class Core(ABC):
     ) -> Float[Tensor, "batch node pos width"]:
         """Codes of all nodes from all that they read."""
 
+    def forward_rows(
+        self, reads: tuple[Float[Tensor, "batch row pos _"], ...], row_of: Int[Tensor, " nodes"], context: Context
+    ) -> Float[Tensor, "batch node pos width"]:
+        """Codes of all nodes, where node n reads row ``row_of[n]``."""
+        return self.forward(tuple(read[:, row_of] for read in reads), context)
+
     def for_nodes(self, nodes: Int[Tensor, " n"]) -> Core:
         """The core of a row of nodes picked, with repetition, out of the stage's."""
         return self

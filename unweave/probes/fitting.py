@@ -12,7 +12,7 @@ from torch import Tensor
 
 from unweave.errors import EmptyDataError, InputError, NonFiniteError, ShapeError
 
-__all__ = ["LinearProbe", "ProbeSums", "fit_probe", "probe_sums"]
+__all__ = ["LinearProbe", "ProbeSums", "fit_probe", "moments_probe", "probe_sums"]
 
 ProbeSums = Mapping[str, Tensor]
 # singular values below this share of the largest are rounding
@@ -142,3 +142,11 @@ def fit_probe(sums: ProbeSums, classes: int, ridge: float = 1e-4) -> LinearProbe
     weight = torch.linalg.solve(covariance - off.T @ off + added, means.T).T
     bias = label_mean.log() - 0.5 * (weight * means).sum(1)
     return LinearProbe(weight, bias, classes, mean, covariance, label_mean)
+
+
+def moments_probe(x: Float[Tensor, "n width"], labels: Float[Tensor, "n k"], classes: int) -> LinearProbe:
+    """A probe that says nothing yet, with the mean, the covariance and the label's mean that every probe keeps."""
+    mean, label_mean = x.double().mean(0), labels.double().mean(0)
+    off = x.double() - mean
+    zero = torch.zeros(labels.shape[1], x.shape[1], dtype=torch.float64, device=x.device)
+    return LinearProbe(zero, zero[:, 0], classes, mean, off.T @ off / len(x), label_mean)

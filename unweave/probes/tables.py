@@ -17,8 +17,10 @@ from unweave.evaluation import Estimate
 from unweave.execution import BEFORE, check_inputs, trace
 from unweave.features import Site, find_site
 from unweave.graph import Graph
+from unweave.probes.coding import OnlineCode, online_code
 from unweave.probes.concepts import Concept, control_task
 from unweave.probes.fitting import LinearProbe, fit_probe, probe_sums
+from unweave.probes.logistic import logistic_probe
 from unweave.progress import track
 from unweave.statistics import accumulate
 
@@ -35,6 +37,8 @@ class ProbeRow:
         baseline: of always saying the commonest class of the training data, or its mean.
         control: the score of a probe for the control task; NaN where none was asked for.
         probe: itself.
+        code: of the training labels, :func:`unweave.probes.online_code`; None where it was not asked for.
+        control_code: of the control task's labels.
     """
 
     concept: str
@@ -45,6 +49,8 @@ class ProbeRow:
     baseline: float
     control: float
     probe: LinearProbe
+    code: OnlineCode | None = None
+    control_code: OnlineCode | None = None
 
     @property
     def selectivity(self) -> float:
@@ -72,7 +78,7 @@ class ProbeTable:
         return found[concept, place, step]
 
     def table(self) -> list[dict[str, Any]]:
-        """A plain row per probe: concept, step, layer, place, score with its interval, baseline, control, ..."""
+        """A plain row per probe: concept, step, layer, place, score with its interval, control, compression, ..."""
         return [
             {
                 "concept": r.concept,
@@ -83,6 +89,9 @@ class ProbeTable:
                 "baseline": r.baseline,
                 "control": r.control,
                 "selectivity": r.selectivity,
+                "bits_per_label": float("nan") if r.code is None else r.code.bits_per_label,
+                "compression": float("nan") if r.code is None else r.code.compression,
+                "control_compression": float("nan") if r.control_code is None else r.control_code.compression,
             }
             for r in self.rows
         ]
@@ -107,6 +116,9 @@ def probe_table(
     *,
     places: Sequence[str] | None = None,
     control: str | None = "token",
+    method: str = "discriminant",
+    code: bool = False,
+    limit: int = 20_000,
     ridge: float = 1e-4,
     batch_size: int = 16,
     seed: int = 0,
@@ -120,19 +132,24 @@ def probe_table(
         train, held_out: the data to fit on, and to judge on.
         places: as :func:`unweave.features.find_site` knows them; by default the residual stream before every stage.
         control: types of the control task, see :func:`control_task`; None for no control.
+        method: of classes: "discriminant" (closed form, :func:`fit_probe`) or "logistic" (the penalty chosen within the
+            training data, :func:`unweave.probes.logistic_probe`). Numbers are read by regression either way.
+        code: whether to measure the description length of the labels of classes (:func:`unweave.probes.online_code`).
+        limit: how many positions at most, of sequences spread evenly over the data, "logistic" and the code look at.
         ridge: see :func:`fit_probe`.
-        seed: of the control labels.
+        seed: of the control labels, and of the order of sequences for "logistic" and the code.
 
     Returns:
         :class:`ProbeTable`.
 
     Raises:
-        InputError: no graph or concept, or two concepts of one name.
+        InputError: no graph or concept, two concepts of one name, an unknown method, or a limit below 1.
         UnknownNameError: no such place.
         EmptyDataError: a concept has no label, or only one class.
 
     Cost:
         One forward pass over each data set per graph; memory concepts x places x width^2, whatever the data's size.
+        "logistic" and the code keep ``limit`` activations of every place, and fit some 5 and 50 times.
 
     Exact?
         What a linear probe reads a network need not use: see :func:`unweave.probes.probe_effect`. The interval leaves
@@ -147,8 +164,11 @@ def probe_table(
         True
 
     Source:
-        Alain and Bengio 2016; Hewitt and Liang 2019; tables of what, when and where: McGrath et al. 2022.
+        Alain and Bengio 2016; Hewitt and Liang 2019; Voita and Titov 2020; tables of what, when and where: McGrath et
+        al. 2022.
     """
+    if method not in METHODS or limit < 1:
+        raise InputError(f"method must be one of {', '.join(METHODS)} and limit positive, got {method!r} and {limit}")
     steps = {0: graphs} if isinstance(graphs, Graph) else dict(graphs)
     names = [c.name for c in concepts]
     if not steps or not names or len(set(names)) < len(names):
@@ -158,11 +178,17 @@ def probe_table(
     for step, graph in track(list(steps.items()), "probing", show=progress):
         sites = [find_site(graph, p) for p in places or stream_places(graph)]
         sweep = _Sweep(graph, sites, concepts, controls, batch_size)
-        rows += sweep.judge(step, sweep.fit(train, ridge), held_out)
+        probes, codes = sweep.fit(train, ridge), {}
+        if code or method == "logistic":
+            sample = sweep.sample(train, limit, seed)
+            codes = sweep.codes(sample) if code else {}
+            probes |= sweep.logistic(sample) if method == "logistic" else {}
+        rows += sweep.judge(step, probes, codes, held_out)
     order = {name: k for k, name in enumerate(names)}
     return ProbeTable(tuple(sorted(rows, key=lambda r: order[r.concept])))
 
 
+METHODS = ("discriminant", "logistic")
 Key = tuple[int, int, bool]
 """(number of the place, number of the concept, whether it is the control task)."""
 
@@ -206,7 +232,33 @@ class _Sweep:
             for k, c, concept in asked
         }
 
-    def judge(self, step: int, probes: Mapping[Key, LinearProbe], data: TokenData) -> list[ProbeRow]:
+    def sample(self, data: TokenData, limit: int, seed: int) -> dict[Key, tuple[Tensor, Tensor]]:
+        """(activations, classes) at the positions that have one, sequences in random order."""
+        if data.n_tokens > limit:
+            n = max(1, limit * len(data) // data.n_tokens)
+            data = data.select(torch.linspace(0, len(data) - 1, n).long())
+        data = data.select(torch.randperm(len(data), generator=torch.Generator().manual_seed(seed)))
+        found: dict[Key, list[tuple[Tensor, Tensor]]] = {}
+        for batch in data.batches(self.batch_size):
+            labels = [(k, c, *concept.values(batch)) for k, c, concept in self._asked() if concept.classes]
+            for p, x in enumerate(self._activations(batch)):
+                for k, c, value, said in labels:
+                    here = said.to(x.device)
+                    found.setdefault((p, k, c), []).append((x[here].float(), value.to(x.device)[here].long()))
+        return {key: (torch.cat([x for x, _ in got]), torch.cat([y for _, y in got])) for key, got in found.items()}
+
+    def _classes(self, key: Key) -> int:
+        return self.concepts[key[1]].classes
+
+    def logistic(self, sample: Mapping[Key, tuple[Tensor, Tensor]]) -> dict[Key, LinearProbe]:
+        return {key: logistic_probe(x, label, self._classes(key)) for key, (x, label) in sample.items()}
+
+    def codes(self, sample: Mapping[Key, tuple[Tensor, Tensor]]) -> dict[Key, OnlineCode]:
+        return {key: online_code(x, label, self._classes(key)) for key, (x, label) in sample.items()}
+
+    def judge(
+        self, step: int, probes: Mapping[Key, LinearProbe], codes: Mapping[Key, OnlineCode], data: TokenData
+    ) -> list[ProbeRow]:
         found: dict[Key, list[np.ndarray]] = {key: [] for key in probes}
         for batch in data.batches(self.batch_size):
             labels = [(k, c, *concept.values(batch)) for k, c, concept in self._asked()]
@@ -222,7 +274,8 @@ class _Sweep:
                 if self.controls[k] is not None:
                     control = _score(probes[p, k, True], np.concatenate(found[p, k, True], axis=1))[0].value
                 layer, probe = self.graph.stages[site.stage].layer, probes[p, k, False]
-                rows.append(ProbeRow(concept.name, site.name, layer, step, score, baseline, control, probe))
+                lengths = codes.get((p, k, False)), codes.get((p, k, True))
+                rows.append(ProbeRow(concept.name, site.name, layer, step, score, baseline, control, probe, *lengths))
         return rows
 
 

@@ -77,9 +77,11 @@ class Products:
         return [torch.cat(out)] if self.one_stream else out
 
     def _blocks(self, x: Float[Tensor, "batch n pos d"]) -> Float[Tensor, "n batch_block within d"]:
-        short = -x.shape[2] % self.block
-        x = torch.nn.functional.pad(x, (0, 0, 0, short)) if short else x
-        return rearrange(x, "b n (k w) d -> n (b k) w d", w=self.block).contiguous()
+        batch, nodes, n_pos, d = x.shape
+        blocks = -(-n_pos // self.block)
+        out = x.new_empty(nodes, batch, blocks * self.block, d)
+        out[:, :, :n_pos], out[:, :, n_pos:] = x.transpose(0, 1), 0.0
+        return rearrange(out, "n b (k w) d -> n (b k) w d", w=self.block)
 
     def _heard(self, graph: Graph, s: int) -> Float[Tensor, "batch_block within_d writers"]:
         if self.one_stream:
