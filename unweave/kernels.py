@@ -35,7 +35,7 @@ def layers_of_maps(graph: Graph) -> dict[str, int]:
     found = {}
     for s, stage in enumerate(graph.stages):
         if any(isinstance(read.map, Convolution) for port in stage.ports for read in port.reads):
-            found[stage.nodes[0].partition(".")[0]] = s
+            found[stage.nodes[0].rpartition(".map.")[0]] = s
     return found
 
 

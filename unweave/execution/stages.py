@@ -57,6 +57,26 @@ def run_stages(t: Trace, start: int, hooks: Hooks | None = None, stop: int | Non
 
 def _run_stage(t: Trace, s: int, hooks: Hooks) -> None:
     plan = t.plan.stages[s]
+    masked = not t.keep and any(port.masked for port in plan.ports) and not hooks.hears(plan)
+    reads = _masked_reads(t, plan) if masked else _reads(t, s, hooks)
+    finish_stage(t, s, hooks.core(t, s, reads), hooks)
+
+
+def _masked_reads(t: Trace, plan: StagePlan) -> tuple[Tensor, ...]:
+    """What nodes read of one stream that all hear, cut edges being zeros in their maps."""
+    reads: list[Tensor] = []
+    for port in plan.ports:
+        x = t.stream(*plan.stage.visible)
+        got = [read.shared(x) for read in (port.masked or port.reads)]
+        if t.counterfactual is not None:
+            other = t.counterfactual.stream(*plan.stage.visible)
+            got = [r + gone.shared(other) for r, gone in zip(got, port.gone, strict=True)] if port.gone else got
+        reads.extend(got)
+    return tuple(reads)
+
+
+def _reads(t: Trace, s: int, hooks: Hooks) -> tuple[Tensor, ...]:
+    plan = t.plan.stages[s]
     reads: list[Tensor] = []
     normed_once: dict[tuple[int, int], Tensor] = {}  # ports that hear the same often share their norm, too
     for port, heard in zip(plan.ports, _hear(t, plan), strict=True):
@@ -78,14 +98,14 @@ def _run_stage(t: Trace, s: int, hooks: Hooks) -> None:
             )
             t.inputs[s, port.port.name], t.normed[s, port.port.name], t.reads[s, port.port.name] = x, normed, got
         reads.extend(got)
-    finish_stage(t, s, hooks.core(t, s, tuple(reads)), hooks)
+    return tuple(reads)
 
 
 def finish_stage(t: Trace, s: int, codes: Tensor, hooks: Hooks | None = None) -> None:
     """From the codes of stage s to what it writes."""
     plan = t.plan.stages[s]
     last = plan.write is None
-    if t.keep or last:
+    if t.keep or last or plan.codes_needed:
         t.codes[s] = codes
     if last:
         t.total.append(codes[:, 0])

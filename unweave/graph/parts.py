@@ -108,6 +108,8 @@ class Port:
         edges: which visible writer each node hears; None when all hear all.
         offset: the constant left in place of cut edges, one per node, for all positions or for each.
         wires: edges that carry only some dimensions, after :meth:`Graph.narrow`; ``edges`` counts them as cut.
+        reach: which visible writer each node can hear at all; None when all can. The others' places are not read:
+            maps of another group of a convolution, or of a layer between the two that a skip connects.
     """
 
     name: str
@@ -116,6 +118,7 @@ class Port:
     edges: Bool[Tensor, "nodes writers"] | None = None
     offset: Float[Tensor, "nodes #pos d_model"] | None = None
     wires: Wires | None = None
+    reach: Bool[Tensor, "nodes writers"] | None = None
 
     @property
     def is_cut(self) -> bool:

@@ -1,6 +1,6 @@
 """What nodes compute: a stage reads the stream through norms and linear maps, a core mixes, a linear map writes."""
 
-from unweave.ops.convolution import Chain, Convolution, Pair, Pool, slid_size
+from unweave.ops.convolution import BlockMap, Chain, Convolution, DenseBlocks, Joined, Pair, Places, Pool, slid_size
 from unweave.ops.cores import ACTIVATIONS, Activation, Attention, Context, Core, FloatInput, Lookup, Readout, Rotary
 from unweave.ops.dictionaries import LATENT_ACTIVATIONS, Dictionary, FeatureCore
 from unweave.ops.linear import (
@@ -22,15 +22,18 @@ __all__ = [
     "LATENT_ACTIVATIONS",
     "Activation",
     "Attention",
+    "BlockMap",
     "Chain",
     "Context",
     "Convolution",
     "Core",
     "Dense",
+    "DenseBlocks",
     "Dictionary",
     "FeatureCore",
     "FloatInput",
     "Identity",
+    "Joined",
     "LayerNorm",
     "LinearMap",
     "LowRank",
@@ -40,6 +43,7 @@ __all__ = [
     "Pair",
     "Pivoted",
     "Placed",
+    "Places",
     "Pool",
     "RMSNorm",
     "Readout",

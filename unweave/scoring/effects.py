@@ -178,6 +178,7 @@ def _repeated(t: Trace | None, copies: int) -> Trace | None:
     out = Trace(t.graph, t.plan, t.context.expand(copies))
     for s in range(len(t.graph.stages) - 1):
         out.each.append(t.node_writes(s).repeat(copies, 1, 1, 1))
+        out.total.append(t.total[s].repeat(copies, 1, 1))
     return out
 
 
