@@ -80,7 +80,9 @@ class _Recorder(TorchFunctionMode):
         flows = any(id(x) in self.number for x in (*args, *(kwargs or {}).values()) if isinstance(x, Tensor))
         name = getattr(func, "__name__", str(func))
         if flows and isinstance(out, (tuple, list)) and any(isinstance(x, Tensor) for x in out):
-            raise UnsupportedModelError(f"the model calls {name!r}, which takes feature maps apart; this is not captured")
+            raise UnsupportedModelError(
+                f"the model calls {name!r}, which takes feature maps apart; this is not captured"
+            )
         if flows and isinstance(out, Tensor):
             self.calls.append(self._read(ALIASES.get(name, name.removesuffix("_")), args, kwargs or {}, out))
             self.number[id(out)] = len(self.calls) - 1
@@ -133,6 +135,10 @@ def record_calls(model: nn.Module, d_input: int) -> tuple[tuple[Call, ...], int]
     try:
         with _Recorder(names, image) as recorder:
             out: Any = model(image)
+    except RuntimeError as error:
+        raise UnsupportedModelError(
+            f"the model does not run on the images that nn.Unflatten announces: {error}"
+        ) from error
     finally:
         for module, training in modes:
             module.training = training

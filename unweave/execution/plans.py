@@ -190,7 +190,9 @@ def _places(heard: Sequence[Stage]) -> Places | None:
     found = []
     for stage in heard:
         whole = type(stage.write) is Identity and len(stage.nodes) == 1 == len(heard)
-        if not (whole or isinstance(stage.write, Placed)) or stage.positions is not None or stage.post is not None:
+        if not (whole or isinstance(stage.write, Placed)) or any(
+            x is not None for x in (stage.positions, stage.post, stage.bias)
+        ):
             return None
         at = stage.write.start if isinstance(stage.write, Placed) else 0
         for width in stage.code_widths:
@@ -301,9 +303,7 @@ def _pad_write(stage: Stage) -> LinearMap | None:
     return Dense(torch.cat(padded, dim=1))
 
 
-def _stages_heard(
-    graph: Graph, ports: list[tuple[PortPlan, ...]], where: Callable[[PortPlan], bool]
-) -> set[int]:
+def _stages_heard(graph: Graph, ports: list[tuple[PortPlan, ...]], where: Callable[[PortPlan], bool]) -> set[int]:
     """The stages that a port of some kind hears: their nodes' writes are needed one by one, or their codes."""
     needed = set()
     for stage, plans in zip(graph.stages, ports, strict=True):

@@ -139,9 +139,7 @@ class Convolution(BlockMap):
         return self.kernels.new_zeros(n_out, n_in * self.groups, *window).scatter(1, index, self.kernels)
 
     def _slid(self, maps: Tensor, kernels: Tensor, groups: int) -> Tensor:
-        return F.conv2d(
-            maps, kernels, stride=self.stride, padding=self.padding, dilation=self.dilation, groups=groups
-        )
+        return F.conv2d(maps, kernels, stride=self.stride, padding=self.padding, dilation=self.dilation, groups=groups)
 
     def apply(self, x: Float[Tensor, "... d_in"]) -> Float[Tensor, "... d_out"]:
         out = self._slid(x.reshape(-1, self.maps_in, *self.size), self.kernels, self.groups)
