@@ -52,7 +52,8 @@ def kernels_into(
 
     Raises:
         UnknownNameError: there is no such convolutional layer, or it does not read that source.
-        InputError: several layers are read and none is named, an edge that the graph cannot have, or nodes that are no longer whole maps.
+        InputError: several layers are read and none is named, an edge that the graph cannot have, or nodes that are
+            no longer whole maps.
 
     Exact?
         Yes; a batch norm behind the convolution is in it. Maps of other groups have kernels of zeros.

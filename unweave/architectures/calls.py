@@ -6,7 +6,7 @@ activations and any order of modules look alike. Only functions listed here may 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -72,27 +72,37 @@ class _Recorder(TorchFunctionMode):
         self.calls = [Call("image", (), {}, tuple(image.shape[1:]))]
         self.number = {id(image): 0}
         self.alive: list[Tensor] = [image]  # so that no number is taken by another tensor
+        self.refusal: UnsupportedModelError | None = None
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         out = func(*args, **(kwargs or {}))
-        flows = any(id(x) in self.number for x in (*args, *(kwargs or {}).values()) if isinstance(x, Tensor))
-        name = getattr(func, "__name__", str(func))
-        if flows and isinstance(out, (tuple, list)) and any(isinstance(x, Tensor) for x in out):
+        if self.refusal is None and any(id(x) in self.number for x in _tensors((args, tuple((kwargs or {}).values())))):
+            try:
+                self._follow(getattr(func, "__name__", str(func)), args, kwargs or {}, out)
+            except UnsupportedModelError as error:
+                self.refusal = error  # raised here, an operator would take it for one that it may handle
+        return out
+
+    def _follow(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
+        if isinstance(out, Tensor):
+            self.calls.append(self._read(ALIASES.get(name, name.removesuffix("_")), args, kwargs, out))
+            self.number[id(out)] = len(self.calls) - 1
+            self.alive.append(out)
+        elif next(_tensors((out,)), None) is not None:
             raise UnsupportedModelError(
                 f"the model calls {name!r}, which takes feature maps apart; this is not captured"
             )
-        if flows and isinstance(out, Tensor):
-            self.calls.append(self._read(ALIASES.get(name, name.removesuffix("_")), args, kwargs or {}, out))
-            self.number[id(out)] = len(self.calls) - 1
-            self.alive.append(out)
-        return out
 
     def _read(self, function: str, args: tuple[Any, ...], kwargs: dict[str, Any], out: Tensor) -> Call:
         first, shape = kwargs.get("input", args[0] if args else None), tuple(out.shape[1:])
         if out.shape[:1] != (EXAMPLES,):
             raise UnsupportedModelError(f"the model calls {function!r}, which mixes images or drops them")
+        if function in NOTHING_IN_EVALUATION and not (isinstance(first, Tensor) and torch.equal(first, out)):
+            raise UnsupportedModelError(
+                f"the model calls {function!r}, which drops numbers at random in evaluation too"
+            )
         if function in NOTHING_IN_EVALUATION or function in SHAPES:
             return Call("reshape", self._sources(function, (first,)), {}, shape)
         if function not in ARGUMENTS:
@@ -116,6 +126,14 @@ class _Recorder(TorchFunctionMode):
         return tuple(self.number[id(x)] for x in takes)
 
 
+def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:
+    for value in values:
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, (tuple, list)):
+            yield from _tensors(value)
+
+
 @torch.no_grad()
 def record_calls(model: nn.Module, d_input: int) -> tuple[tuple[Call, ...], int]:
     """(what a model calls on an image given as a vector, in order; the number of the call that makes the logits).
@@ -130,18 +148,23 @@ def record_calls(model: nn.Module, d_input: int) -> tuple[tuple[Call, ...], int]
     generator = torch.Generator().manual_seed(0)
     image = torch.rand(EXAMPLES, d_input, generator=generator).to(like)
     names = {id(p): n.removesuffix(".weight") for n, p in model.named_parameters()}
+    recorder = _Recorder(names, image)
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
-        with _Recorder(names, image) as recorder:
+        with recorder:
             out: Any = model(image)
     except RuntimeError as error:
+        if recorder.refusal is not None:
+            raise recorder.refusal from error
         raise UnsupportedModelError(
             f"the model does not run on the images that nn.Unflatten announces: {error}"
         ) from error
     finally:
         for module, training in modes:
             module.training = training
+    if recorder.refusal is not None:
+        raise recorder.refusal
     logits = out if isinstance(out, Tensor) else getattr(out, "logits", None)
     number = recorder.number.get(id(logits))
     if number is None or len(recorder.calls[number].shape) != 1:

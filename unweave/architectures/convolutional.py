@@ -1,12 +1,12 @@
 """Convolutional networks, residual ones too: every feature map is a node, every edge between maps is a kernel.
 
 A stage is what lies between one set of maps and the next: convolutions with their batch norms multiplied in, whatever
-is added to them (a skip connection is one more convolution, of 1 x 1 kernels), an activation, pooling. The code of a map
-is its pixels. There is no residual stream that all share; a map writes to a place of its own in the stream of those
+is added to them (a skip connection is one more convolution, of 1 x 1 kernels), an activation, pooling. The code of a
+map is its pixels. There is no residual stream that all share; a map writes to a place of its own in the stream of those
 layers that some stage hears together: the two ends of a skip connection and what is between them.
 
-The network begins with ``nn.Unflatten(1, (channels, height, width))``: it reads vectors, as graphs do, and says how they
-are images. What follows may be any module: it is run once and read off the functions that it calls.
+The network begins with ``nn.Unflatten(1, (channels, height, width))``: it reads vectors, as graphs do, and says how
+they are images. What follows may be any module: it is run once and read off the functions that it calls.
 """
 
 from __future__ import annotations

@@ -3,7 +3,8 @@
 Where nothing is cut, all ports of a stage share one residual sum and one matrix product, as in the model
 itself. Where edges are cut, ports that hear the same writers share their sum, and all sums of a stage are
 one matrix product of its edge table with what was written. Where every writer has a place of its own in the stream
-(feature maps), cut edges are zeros in the readers' kernels and nothing has to be summed. There is no loop over edges, heads or tokens.
+(feature maps), cut edges are zeros in the readers' kernels and nothing has to be summed. There is no loop over edges,
+heads or tokens.
 """
 
 from unweave.execution.hooks import BEFORE, Patch

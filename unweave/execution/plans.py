@@ -7,6 +7,7 @@ import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 
 import torch
 from einops import rearrange
@@ -58,6 +59,7 @@ class ReadPlan:
 
     def _by_blocks(self, x: Float[Tensor, "batch row pos d"], nodes: Int[Tensor, " row"]) -> Tensor:
         assert isinstance(self.map, BlockMap)
+        nodes = nodes // self.copies
         out = self.map.apply_blocks(x.transpose(1, 2), nodes).transpose(1, 2)
         return out if self.bias is None else out + self.bias[nodes][:, None]
 
@@ -65,7 +67,7 @@ class ReadPlan:
         """Gradients at what each node reads, back at what it hears."""
         if self.in_blocks:
             assert isinstance(self.map, BlockMap)
-            nodes = torch.arange(self.blocks, device=g.device)
+            nodes = torch.arange(g.shape[1], device=g.device) // self.copies
             return self.map.pull(g.transpose(1, 2), nodes).transpose(1, 2)
         return g @ self.folded(None).to(g)
 
@@ -101,7 +103,8 @@ class PortPlan:
 
     ``table`` is None when every node hears everything and nothing was left in place of a cut edge. ``norm`` is one
     object for all ports of a stage that normalise alike. Where every writer has a place of its own, cut edges are zeros
-    in ``masked`` (with what they leave in the bias) and no sums are needed; ``gone`` reads only them, from another input.
+    in ``masked`` (with what they leave in the bias) and no sums are needed; ``gone`` reads them alone, from another
+    input.
     """
 
     port: Port
@@ -199,7 +202,7 @@ def _places(heard: Sequence[Stage]) -> Places | None:
             found.append((at, width))
             at += width
     taken = sorted(found)
-    apart = all(a + width <= b for (a, width), (b, _) in zip(taken, taken[1:], strict=False))
+    apart = all(a + width <= b for (a, width), (b, _) in pairwise(taken))
     return tuple(found) if found and apart else None
 
 

@@ -93,8 +93,8 @@ def _split_port(stage: Stage, port: Port, per_node: Sequence[Parts]) -> Port:
     # queries and keys stay whole: all parts of a head share its pattern
     whole = isinstance(stage.core, Attention) and port.name != "v"
     reads = port.reads if whole else tuple(_split_read(read, per_node) for read in port.reads)
-    tables = {"edges": again(port.edges), "offset": again(port.offset), "reach": again(port.reach)}
-    return dataclasses.replace(port, reads=reads, **tables)
+    edges, offset, reach = again(port.edges), again(port.offset), again(port.reach)
+    return dataclasses.replace(port, reads=reads, edges=edges, offset=offset, reach=reach)
 
 
 def _split_read(read: Read, per_node: Sequence[Parts]) -> Read:

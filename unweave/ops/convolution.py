@@ -52,13 +52,18 @@ class BlockMap(LinearMap):
     def blocks(self) -> int:
         """How many blocks come out."""
 
+    @property
+    def shares_pixels(self) -> bool:
+        """Whether a block is a map whose pixels are all made alike."""
+        return False
+
     @abstractmethod
     def apply_blocks(self, x: Float[Tensor, "... row d_in"], blocks: Int[Tensor, " row"]) -> Tensor:
         """Output block ``blocks[r]`` of row r: ``[... row width]``."""
 
     @abstractmethod
     def pull(self, g: Float[Tensor, "... row width"], blocks: Int[Tensor, " row"]) -> Tensor:
-        """The transpose of :meth:`apply_blocks`: gradients at blocks, back at what each row heard ``[... row d_in]``."""
+        """The transpose of :meth:`apply_blocks`: gradients at blocks, back at what rows heard ``[... row d_in]``."""
 
     @abstractmethod
     def mask(self, table: Bool[Tensor, "blocks writers"], places: Places) -> BlockMap | None:
@@ -103,6 +108,10 @@ class Convolution(BlockMap):
     @property
     def blocks(self) -> int:
         return len(self.kernels)
+
+    @property
+    def shares_pixels(self) -> bool:
+        return True
 
     @property
     def maps_in(self) -> int:
@@ -305,6 +314,10 @@ class Joined(BlockMap):
     @property
     def blocks(self) -> int:
         return self.maps[0].blocks
+
+    @property
+    def shares_pixels(self) -> bool:
+        return all(m.shares_pixels for m in self.maps)
 
     @property
     def _parts(self) -> tuple[tuple[BlockMap, int], ...]:
