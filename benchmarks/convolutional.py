@@ -94,7 +94,7 @@ def times(model: nn.Sequential, n: int) -> dict[str, float]:
         "half cut to zero": lambda: run(zero, x),
         "half cut to means": lambda: run(mean, x),
         "half cut by resampling": lambda: run(other, x, counterfactual=x.flip(0)),
-        # what is kept for scores hears map by map: the way every cut graph ran before
+        # what is kept for scores hears map by map, as every cut graph did before (then through dense matrices)
         "half cut to zero, each map apart": lambda: trace(zero, check_inputs(zero, x), keep=True),
     }
     seconds = in_turns(functions)

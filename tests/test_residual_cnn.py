@@ -355,6 +355,8 @@ def test_a_circuit_of_a_resnet_is_found_and_costs_what_it_says():
     assert proof.faithfulness.value >= 0.75
     with pytest.raises(InputError, match="kernels are stored once"):
         unweave.compress(graph, data, size=0.5)
+    with pytest.raises(InputError, match="kernels are stored once"):
+        unweave.channel_moments(graph, data, unweave.Scope())
 
 
 def test_graphs_are_saved_and_loaded_bit_for_bit(network, tmp_path):
