@@ -13,7 +13,7 @@ from transformers import ResNetConfig, ResNetForImageClassification
 
 import unweave
 from unweave.data import Batch, float_data
-from unweave.errors import InputError, ShapeError, UnknownNameError, UnsupportedModelError
+from unweave.errors import GraphError, InputError, ShapeError, UnknownNameError, UnsupportedModelError
 from unweave.execution import check_inputs, plan_of, trace
 from unweave.kernels import expanded_kernels, kernels_into, layers_of_maps
 from unweave.ops import BlockMap, Convolution, DenseBlocks, Joined
@@ -408,6 +408,15 @@ def test_kernels_are_told_apart_by_what_they_read():
     with pytest.raises(InputError, match="name one of them"):
         expanded_kernels(graph, "layer2.0.conv1")
     assert expanded_kernels(graph, "layer1.0.conv1").shape == (3, 2, 9, 9)
+
+
+def test_a_table_of_reach_has_to_fit():
+    graph = unweave.capture(NETWORKS["resnet"])
+    s = graph.where["layer1.0.conv2.map.0"][0]
+    port = dataclasses.replace(graph.stages[s].ports[0], reach=torch.ones(3, 4, dtype=torch.bool))
+    stages = (*graph.stages[:s], dataclasses.replace(graph.stages[s], ports=(port,)), *graph.stages[s + 1 :])
+    with pytest.raises(GraphError, match="what it reaches"):
+        dataclasses.replace(graph, stages=stages)
 
 
 def test_a_block_alone_is_a_network():
