@@ -59,6 +59,7 @@ LINEAR_MAPS = {
     "convolution": (lambda: Convolution(rand(3, 2, 2, 2), (3, 3), padding=(1, 0)), 3 * 2 * 2 * 2),
     "identity": (lambda: Identity(7), 0),
     "placed": (lambda: Placed(6), 0),
+    "placed-apart": (lambda: Placed(6, 2, 9), 0),
     "low-rank": (lambda: LowRank(rand(5, 2), Dense(rand(2, 7))), 10 + 14),
     "low-rank-zero": (lambda: LowRank(rand(5, 0), Dense(rand(0, 7))), 0),
     "pivoted": (lambda: pivoted(), 3 * 4),

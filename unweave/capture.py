@@ -120,7 +120,8 @@ def model_logits(model: nn.Module, inputs: Tensor, mask: Tensor | None = None) -
     """The model's own logits ``[batch pos d_out]``: the oracle of every captured graph."""
     if type(model) is nn.Sequential:
         # one row per position, as the model expects where it begins with nn.Flatten
-        return model(inputs.flatten(0, 1)).unflatten(0, inputs.shape[:2])
+        out = model(inputs.flatten(0, 1))
+        return (out if isinstance(out, Tensor) else out.logits).unflatten(0, inputs.shape[:2])
     out = model(inputs, attention_mask=mask) if mask is not None else model(inputs)
     return out if isinstance(out, Tensor) else out.logits
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from unweave.errors import InputError, UnknownNameError
 from unweave.graph import Edge, Graph, Stage
-from unweave.ops import Chain, Convolution, Core, Pair, Pool
+from unweave.ops import Chain, Convolution, Core, Joined, Pair, Placed, Pool
 
 __all__ = ["compose_kernels", "draw_kernels", "expanded_kernels", "kernels_into", "layers_of_maps"]
 
@@ -34,26 +34,29 @@ def layers_of_maps(graph: Graph) -> dict[str, int]:
     """
     found = {}
     for s, stage in enumerate(graph.stages):
-        if any(isinstance(read.map, Convolution) for port in stage.ports for read in port.reads):
-            found[stage.nodes[0].partition(".")[0]] = s
+        if stage.write is not None and _sources(graph, s):
+            found[_layer_of(stage)] = s
     return found
 
 
 def kernels_into(
-    graph: Graph, layer: str, edges: Iterable[Edge | str] | None = None
+    graph: Graph, layer: str, edges: Iterable[Edge | str] | None = None, source: str | None = None
 ) -> Float[Tensor, "maps_out maps_in height width"]:
     """What each edge into the maps of a layer is: a kernel, slid over the map that it comes from.
 
     Args:
         layer: such as "conv2".
         edges: only these are shown; the others, and those that are cut in the graph, are zero.
+        source: the layer whose maps are read, such as "conv1"; needed where several are: the ends of a skip
+            connection, itself a convolution of 1 x 1 kernels (the identity's are ones).
 
     Raises:
-        UnknownNameError: there is no such convolutional layer.
-        InputError: an edge that the graph cannot have, or nodes that are no longer whole maps.
+        UnknownNameError: there is no such convolutional layer, or it does not read that source.
+        InputError: several layers are read and none is named, an edge that the graph cannot have, or nodes that are
+            no longer whole maps.
 
     Exact?
-        Yes; a batch norm behind the convolution is in it.
+        Yes; a batch norm behind the convolution is in it. Maps of other groups have kernels of zeros.
 
     Example:
         >>> import unweave
@@ -67,12 +70,42 @@ def kernels_into(
     stage, kept = graph.stages[s], graph.edge_matrix
     if edges is not None:
         kept = kept & graph.mark_edges(edges)
-    convolution = _convolution(stage)
+    convolution, maps = _pick(graph, layer, s, source)
     row = graph.port_starts[s, stage.ports[0].name]
-    marks = kept[row : row + len(stage.nodes), graph.visible_writers(s)]
-    if marks.shape != convolution.kernels.shape[:2]:
+    marks = kept[row : row + len(stage.nodes), graph.visible_writers(s)][:, maps]
+    kernels = convolution.ungrouped()
+    if marks.shape != kernels.shape[:2]:
         raise InputError(f"the nodes into {layer} are not one per map; take kernels of a graph before it is refined")
-    return convolution.kernels * marks.to(convolution.kernels)[:, :, None, None]
+    return kernels * marks.to(kernels)[:, :, None, None]
+
+
+def _sources(graph: Graph, s: int) -> dict[str, tuple[Convolution, slice]]:
+    """The layers that a stage reads through convolutions: (kernels, which of the visible writers are its maps)."""
+    stage, found = graph.stages[s], dict[str, tuple[Convolution, slice]]()
+    for map_ in (read.map for port in stage.ports for read in port.reads):
+        parts = zip(map_.maps, map_.starts, strict=True) if isinstance(map_, Joined) else [(map_, 0)]
+        for part, start in parts:
+            first = 0
+            for other in graph.stages[slice(*stage.visible)]:
+                at = other.write.start if isinstance(other.write, Placed) else 0
+                if isinstance(part, Convolution) and at == start and other.write is not None:
+                    found[_layer_of(other)] = part, slice(first, first + len(other.nodes))
+                first += len(other.nodes)
+    return found
+
+
+def _layer_of(stage: Stage) -> str:
+    return stage.nodes[0].rpartition(".map.")[0] or stage.nodes[0]
+
+
+def _pick(graph: Graph, layer: str, s: int, source: str | None) -> tuple[Convolution, slice]:
+    sources = _sources(graph, s)
+    if source is None and len(sources) > 1:
+        raise InputError(f"{layer} reads the maps of {' and '.join(sources)}; name one of them as source=")
+    source = next(iter(sources)) if source is None else source
+    if source not in sources:
+        raise UnknownNameError(f"layer that {layer} reads", source, sources)
+    return sources[source]
 
 
 def compose_kernels(
@@ -99,6 +132,7 @@ def expanded_kernels(graph: Graph, layer: str) -> Float[Tensor, "maps_out maps_i
 
     Raises:
         UnknownNameError: there is no such convolutional layer.
+        InputError: a layer on the way reads several others, so that there are several ways.
 
     Exact?
         Where nothing but average pooling is between. Activations are left out, the largest of a window counts as its
@@ -118,7 +152,7 @@ def expanded_kernels(graph: Graph, layer: str) -> Float[Tensor, "maps_out maps_i
     found: Tensor | None = None
     stride = (1, 1)
     for name, s in layers.items():
-        convolution = _convolution(graph.stages[s])
+        convolution, _ = _pick(graph, name, s, None)
         own = _dilate(kernels_into(graph, name), convolution.dilation)
         found = own if found is None else compose_kernels(own, found, stride)
         stride = _times(stride, convolution.stride)
@@ -179,12 +213,6 @@ def _colour(share: float) -> str:
     end = WARM if share > 0 else COLD
     mixed = [round(255 + (c - 255) * abs(share)) for c in end]
     return "#" + "".join(f"{c:0{DIGITS}x}" for c in mixed)
-
-
-def _convolution(stage: Stage) -> Convolution:
-    (map_,) = [read.map for port in stage.ports for read in port.reads]
-    assert isinstance(map_, Convolution)
-    return map_
 
 
 def _pools(core: Core) -> list[Pool]:

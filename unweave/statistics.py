@@ -22,9 +22,10 @@ from torch import Tensor
 from unweave.ablation import KINDS, Means, Replacement, counterfactual_trace
 from unweave.data import Batch, TokenData
 from unweave.errors import EmptyDataError, InputError, NonFiniteError
-from unweave.execution import Trace, check_inputs, plan_of, trace
+from unweave.execution import Trace, check_inputs, plan_of, trace, write_each
 from unweave.files import Checkpoint
 from unweave.graph import Graph, Stage
+from unweave.ops import Placed
 from unweave.progress import track
 from unweave.scope import Scope, describe, fisher_cotangent, position_mask
 
@@ -223,7 +224,9 @@ def _write_means(graph: Graph, s: int, codes: Float[Tensor, "nodes #pos width"])
     """What the nodes of stage s write at these codes, in the codes' precision."""
     plan = plan_of(graph).stages[s]
     assert plan.write is not None
-    return codes if plan.write.keeps_blocks else codes @ plan.node_write.to(codes)
+    if plan.write.keeps_blocks or isinstance(plan.write, Placed):
+        return write_each(plan, codes[None])[0]
+    return codes @ plan.node_write.to(codes)
 
 
 def replacement(

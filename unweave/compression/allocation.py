@@ -12,13 +12,12 @@ from torch import Tensor
 from unweave.compression.channels import Choice, Part, channel_parts
 from unweave.compression.compensation import sweep
 from unweave.compression.masks import Masker
-from unweave.compression.moments import ChannelMoments, channel_moments
+from unweave.compression.moments import ChannelMoments, channel_moments, check_matrices
 from unweave.compression.neurons import Narrowing, narrowings
 from unweave.data import TokenData
 from unweave.errors import InputError
 from unweave.execution import check_inputs, trace
 from unweave.graph import Graph
-from unweave.ops import Convolution
 from unweave.scope import Scope, divergence, position_mask
 
 __all__ = ["FORMS", "Budgeter", "compress"]
@@ -99,11 +98,7 @@ def compress(
         raise InputError(f"kl_nats must be a positive number, got {kl_nats}")
     if form not in FORMS:
         raise InputError(f"unknown form {form!r}; known: {', '.join(FORMS)}")
-    if any(isinstance(read.map, Convolution) for s in graph.stages for p in s.ports for read in p.reads):
-        raise InputError(
-            "this graph reads through convolutions, whose kernels are stored once for all pixels: matrices of fewer "
-            "numbers would store more; cut edges between maps instead (find_circuit)"
-        )
+    check_matrices(graph)
     scope = scope or Scope()
     if moments is None:
         moments = channel_moments(

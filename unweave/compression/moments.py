@@ -21,6 +21,7 @@ from unweave.data import Batch, TokenData
 from unweave.errors import EmptyDataError, InputError
 from unweave.execution import Trace
 from unweave.graph import CHANNEL_KINDS, Graph
+from unweave.ops import BlockMap
 from unweave.scope import Scope, position_mask
 from unweave.scoring import EdgeMeasure, EdgeScores, scores_from
 from unweave.statistics import FisherPass, Gradients, Sums, Tally, accumulate
@@ -121,12 +122,26 @@ def survey(
     return scores_from(graph, sums, "fisher", len(data)), moments_from(graph, sums, samples)
 
 
+def check_matrices(graph: Graph) -> None:
+    """Refuse graphs that read through convolutions.
+
+    Raises:
+        InputError: they do.
+    """
+    if any(isinstance(read.map, BlockMap) for s in graph.stages for p in s.ports for read in p.reads):
+        raise InputError(
+            "this graph reads through convolutions, whose kernels are stored once for all pixels: matrices of fewer "
+            "numbers would store more; cut edges between maps instead (find_circuit)"
+        )
+
+
 def check_compressible(graph: Graph) -> None:
     """Refuse graphs whose channels are not whole.
 
     Raises:
-        InputError: edges are cut, or nodes are split.
+        InputError: edges are cut, nodes are split, or channels are feature maps.
     """
+    check_matrices(graph)
     if graph.is_cut:
         raise InputError("this graph has cut edges; compress the whole graph first and restrict it afterwards")
     for stage in graph.stages:

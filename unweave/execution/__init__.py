@@ -2,11 +2,13 @@
 
 Where nothing is cut, all ports of a stage share one residual sum and one matrix product, as in the model
 itself. Where edges are cut, ports that hear the same writers share their sum, and all sums of a stage are
-one matrix product of its edge table with what was written. There is no loop over edges, heads or tokens.
+one matrix product of its edge table with what was written. Where every writer has a place of its own in the stream
+(feature maps), cut edges are zeros in the readers' kernels and nothing has to be summed. There is no loop over edges,
+heads or tokens.
 """
 
 from unweave.execution.hooks import BEFORE, Patch
-from unweave.execution.plans import PortPlan, StagePlan, plan_of
+from unweave.execution.plans import PortPlan, StagePlan, plan_of, write_each
 from unweave.execution.runs import Run, check_inputs, run, uncut
 from unweave.execution.stages import finish_stage, run_stages, trace
 from unweave.execution.traces import Trace
@@ -25,4 +27,5 @@ __all__ = [
     "run_stages",
     "trace",
     "uncut",
+    "write_each",
 ]

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from unweave.errors import ShapeError
-from unweave.execution.plans import PortPlan
+from unweave.execution.plans import PortPlan, StagePlan
 from unweave.execution.traces import Trace
 from unweave.graph import Edge, Graph, at_positions
 from unweave.ops import Attention
@@ -41,6 +41,16 @@ class Hooks:
     def touches(self, s: int) -> bool:
         """Whether the nodes of a stage must be known one by one."""
         return self.active and s in self.stages_apart
+
+    def hears(self, plan: StagePlan) -> bool:
+        """Whether what a port of a stage hears, in all or over one edge, is recorded or patched."""
+        if not self.active:
+            return False
+        nodes = set(plan.stage.nodes)
+        ports = (f"{n}.{port.port.name}" for n in nodes for port in plan.ports)
+        return any(e.dst in nodes for e in self.edges.values()) or any(
+            p in self.record or p in self.patch for p in ports
+        )
 
     def _apply(self, t: Trace, name: str, value: Tensor) -> Tensor:
         if name in self.patch:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import weakref
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 
 import torch
 from einops import rearrange
@@ -13,7 +15,19 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from unweave.graph import Graph, Port, Read, Stage
-from unweave.ops import Dense, FeatureCore, LinearMap, LowRank, Norm, Placed, RMSNorm
+from unweave.ops import (
+    BlockMap,
+    Dense,
+    DenseBlocks,
+    FeatureCore,
+    Identity,
+    LinearMap,
+    LowRank,
+    Norm,
+    Placed,
+    Places,
+    RMSNorm,
+)
 
 __all__ = ["Plan", "PortPlan", "StagePlan", "plan_of", "write_each"]
 
@@ -50,8 +64,29 @@ class ReadPlan:
             out = out + self.bias.flatten()
         return rearrange(out, "b t (n w) -> b n t w", n=self.blocks)
 
+    @property
+    def in_blocks(self) -> bool:
+        """Whether the map knows what each node reads."""
+        return isinstance(self.map, BlockMap) and self.map.blocks == self.blocks
+
+    def _by_blocks(self, x: Float[Tensor, "batch row pos d"], nodes: Int[Tensor, " row"]) -> Tensor:
+        assert isinstance(self.map, BlockMap)
+        nodes = nodes // self.copies
+        out = self.map.apply_blocks(x.transpose(1, 2), nodes).transpose(1, 2)
+        return out if self.bias is None else out + self.bias[nodes][:, None]
+
+    def pull(self, g: Float[Tensor, "batch node pos width"]) -> Float[Tensor, "batch node pos d"]:
+        """Gradients at what each node reads, back at what it hears."""
+        if self.in_blocks:
+            assert isinstance(self.map, BlockMap)
+            nodes = torch.arange(g.shape[1], device=g.device) // self.copies
+            return self.map.pull(g.transpose(1, 2), nodes).transpose(1, 2)
+        return g @ self.folded(None).to(g)
+
     def apart_for(self, x: Float[Tensor, "batch row pos d"], nodes: Int[Tensor, " row"]) -> Tensor:
         """Row r read as node ``nodes[r]`` would."""
+        if self.in_blocks:
+            return self._by_blocks(x, nodes)
         if self.blocks == 1:
             out = self.map.apply(x)
             return out if self.bias is None else out + self.bias.flatten()
@@ -61,6 +96,9 @@ class ReadPlan:
 
     def apart(self, x: Float[Tensor, "batch row pos d"], row_of: Int[Tensor, " nodes"]) -> Tensor:
         """The reads of inputs that differ: node n reads row ``row_of[n]``."""
+        if self.in_blocks:
+            x = x if x.shape[1] == len(row_of) else x[:, row_of]
+            return self._by_blocks(x, torch.arange(len(row_of), device=x.device))
         if self.blocks == 1:
             out = self.shared(rearrange(x, "b r t d -> (b r) t d"))
             out = rearrange(out, "(b r) 1 t w -> b r t w", r=x.shape[1])
@@ -80,7 +118,9 @@ class PortPlan:
     """Which distinct sums the nodes of a port need.
 
     ``table`` is None when every node hears everything and nothing was left in place of a cut edge. ``norm`` is one
-    object for all ports of a stage that normalise alike.
+    object for all ports of a stage that normalise alike. Where every writer has a place of its own, cut edges are zeros
+    in ``masked`` (with what they leave in the bias) and no sums are needed; ``gone`` reads them alone, from another
+    input.
     """
 
     port: Port
@@ -89,6 +129,13 @@ class PortPlan:
     table: Bool[Tensor, "row writers"] | None
     row_of: Int[Tensor, " nodes"]
     offset: Float[Tensor, "row #pos d"] | None
+    masked: tuple[ReadPlan, ...] | None = None
+    gone: tuple[ReadPlan, ...] = ()
+
+    @property
+    def is_cut(self) -> bool:
+        """Whether its nodes may hear different sums."""
+        return self.table is not None or self.offset is not None
 
 
 @dataclass(frozen=True)
@@ -99,6 +146,8 @@ class StagePlan:
     ports: tuple[PortPlan, ...]
     write: LinearMap | None
     each_needed: bool
+    codes_needed: bool
+    places: Places | None
 
     @cached_property
     @torch.inference_mode(False)
@@ -151,10 +200,36 @@ def plan_of(graph: Graph) -> Plan:
 
 @torch.inference_mode(False)
 def _make_plan(graph: Graph) -> Plan:
-    ports = [tuple(_plan_port(stage, port) for port in stage.ports) for stage in graph.stages]
-    needed = _stages_needed_apart(graph, ports)
-    stages = tuple(StagePlan(stage, ports[s], _pad_write(stage), s in needed) for s, stage in enumerate(graph.stages))
+    places = [_places(graph.stages[slice(*stage.visible)]) for stage in graph.stages]
+    ports = [
+        tuple(_plan_port(stage, port, places[s], graph.resample) for port in stage.ports)
+        for s, stage in enumerate(graph.stages)
+    ]
+    each = _stages_heard(graph, ports, lambda port: port.table is not None and port.masked is None)
+    codes = _stages_heard(graph, ports, lambda port: port.masked is not None)
+    stages = tuple(
+        StagePlan(stage, ports[s], _pad_write(stage), s in each, s in codes, places[s])
+        for s, stage in enumerate(graph.stages)
+    )
     return Plan(stages)
+
+
+def _places(heard: Sequence[Stage]) -> Places | None:
+    """Where in their sum each of the writers stands; None unless each has a place of its own."""
+    found = []
+    for stage in heard:
+        whole = type(stage.write) is Identity and len(stage.nodes) == 1 == len(heard)
+        if not (whole or isinstance(stage.write, Placed)) or any(
+            x is not None for x in (stage.positions, stage.post, stage.bias)
+        ):
+            return None
+        at = stage.write.start if isinstance(stage.write, Placed) else 0
+        for width in stage.code_widths:
+            found.append((at, width))
+            at += width
+    taken = sorted(found)
+    apart = all(a + width <= b for (a, width), (b, _) in pairwise(taken))
+    return tuple(found) if found and apart else None
 
 
 def _alike(a: Norm | None, b: Norm | None) -> bool:
@@ -165,10 +240,12 @@ def _alike(a: Norm | None, b: Norm | None) -> bool:
     return all(x is y or (not isinstance(x, Tensor) and x == y) for x, y in fields)
 
 
-def _plan_port(stage: Stage, port: Port) -> PortPlan:
+def _plan_port(stage: Stage, port: Port, places: Places | None, resample: bool) -> PortPlan:
     norm = next(p.norm for p in stage.ports if _alike(p.norm, port.norm))
     reads = tuple(_pad_read(stage, read) for read in port.reads)
     n = len(stage.nodes)
+    if places is not None and norm is None and stage.positions is None:
+        reads = tuple(_in_blocks(read, n) for read in reads)
     device = port.edges.device if port.edges is not None else None
     everything = port.edges is None or bool(port.edges.all())
     if everything and port.offset is None:
@@ -186,7 +263,39 @@ def _plan_port(stage: Stage, port: Port) -> PortPlan:
     # rows in the order of their first nodes: where all nodes differ, row r is node r
     first, row_of = torch.unique((alike[:, None] == alike).int().argmax(1), return_inverse=True)
     table = None if port.edges is None else edges[first]
-    return PortPlan(port, norm, reads, table, row_of, None if port.offset is None else port.offset[first])
+    offset = None if port.offset is None else port.offset[first]
+    masked, gone = _mask_reads(port, reads, places, resample)
+    return PortPlan(port, norm, reads, table, row_of, offset, masked, gone)
+
+
+def _in_blocks(read: ReadPlan, n: int) -> ReadPlan:
+    """A read of writers that have places of their own, in a form that knows of them where there is one."""
+    if not isinstance(read.map, Dense) or read.blocks != n:
+        return read
+    return dataclasses.replace(read, map=DenseBlocks(read.map.weight, n))
+
+
+def _mask_reads(
+    port: Port, reads: tuple[ReadPlan, ...], places: Places | None, resample: bool
+) -> tuple[tuple[ReadPlan, ...] | None, tuple[ReadPlan, ...]]:
+    """(reads with zeros for cut edges and what these leave in their bias, reads of nothing but cut edges)."""
+    edges, offset = port.edges, port.offset
+    if places is None or port.wires is not None or (offset is not None and offset.shape[1] > 1) or edges is None:
+        return None, ()
+    masked, gone = [], []
+    for read in reads:
+        if not isinstance(read.map, BlockMap) or not read.in_blocks or read.blocks != len(edges):
+            return None, ()
+        kept, cut = read.map.mask(edges, places), read.map.mask(~edges, places) if resample else read.map
+        if kept is None or cut is None:
+            return None, ()
+        bias = read.bias
+        if offset is not None:
+            left = read.map.apply_blocks(offset[:, 0].to(edges.device), torch.arange(read.blocks, device=edges.device))
+            bias = left if bias is None else bias + left
+        masked.append(dataclasses.replace(read, map=kept, bias=bias))
+        gone.append(dataclasses.replace(read, map=cut, bias=None))
+    return tuple(masked), tuple(gone) if resample else ()
 
 
 def _pad_read(stage: Stage, read: Read) -> ReadPlan:
@@ -223,13 +332,12 @@ def _pad_write(stage: Stage) -> LinearMap | None:
     return Dense(torch.cat(padded, dim=1))
 
 
-def _stages_needed_apart(graph: Graph, ports: list[tuple[PortPlan, ...]]) -> set[int]:
-    """Stages whose nodes' writes are needed one by one, because some later port hears only part of them."""
+def _stages_heard(graph: Graph, ports: list[tuple[PortPlan, ...]], where: Callable[[PortPlan], bool]) -> set[int]:
+    """The stages that a port of some kind hears: their nodes' writes are needed one by one, or their codes."""
     needed = set()
     for stage, plans in zip(graph.stages, ports, strict=True):
-        for plan in plans:
-            if plan.table is not None:
-                needed |= set(range(*stage.visible))
+        if any(where(plan) for plan in plans):
+            needed |= set(range(*stage.visible))
     return needed
 
 
@@ -244,6 +352,7 @@ def write_each(
     elif isinstance(plan.write, Placed):
         places = torch.eye(codes.shape[1], dtype=codes.dtype, device=codes.device)
         each = rearrange(torch.einsum("bntw,nm->bntmw", codes, places), "b n t m w -> b n t (m w)")
+        each = plan.write.apply(each)
     else:
         weight = plan.node_write.to(codes)  # an identity's matrix knows no device
         # where texts are short, a product of stacks copies more matrices than codes

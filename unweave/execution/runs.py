@@ -12,6 +12,7 @@ from torch import Tensor
 
 from unweave.errors import InputError, ShapeError, UnknownNameError
 from unweave.execution.hooks import BEFORE, Patch
+from unweave.execution.plans import plan_of
 from unweave.execution.stages import trace
 from unweave.graph import Graph
 from unweave.ops import Attention, Context
@@ -84,7 +85,8 @@ def run(
             raise InputError("this graph's cut edges hear another input: pass counterfactual=...")
         if counterfactual.shape != inputs.shape:
             raise ShapeError(f"counterfactual must have shape {tuple(inputs.shape)}, got {tuple(counterfactual.shape)}")
-        other = trace(uncut(graph), check_inputs(graph, counterfactual, mask), apart=True)
+        apart = bool(names or patch) or any(plan.each_needed for plan in plan_of(graph).stages)
+        other = trace(uncut(graph), check_inputs(graph, counterfactual, mask), apart=apart)
     out = trace(graph, context, record=names, patch=patch, counterfactual=other)
     return Run(out.output, out.values)
 

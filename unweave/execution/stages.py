@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 import torch
 from einops import rearrange
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from unweave.errors import InputError, UnweaveError
@@ -57,7 +57,29 @@ def run_stages(t: Trace, start: int, hooks: Hooks | None = None, stop: int | Non
 
 def _run_stage(t: Trace, s: int, hooks: Hooks) -> None:
     plan = t.plan.stages[s]
-    joint = None if t.keep or hooks.active else plan.joint_rows
+    masked = not t.keep and any(port.masked for port in plan.ports) and not hooks.hears(plan)
+    joint = None if masked or t.keep or hooks.active else plan.joint_rows
+    reads = _masked_reads(t, plan) if masked else _reads(t, s, hooks, None if joint is None else joint[0])
+    apart = joint is not None and any(read.shape[1] > 1 for read in reads)
+    finish_stage(t, s, hooks.core(t, s, reads, joint[1] if joint is not None and apart else None), hooks)
+
+
+def _masked_reads(t: Trace, plan: StagePlan) -> tuple[Tensor, ...]:
+    """What nodes read of one stream that all hear, cut edges being zeros in their maps."""
+    reads: list[Tensor] = []
+    for port in plan.ports:
+        x = t.stream(*plan.stage.visible)
+        got = [read.shared(x) for read in (port.masked or port.reads)]
+        if t.counterfactual is not None:
+            other = t.counterfactual.stream(*plan.stage.visible)
+            got = [r + gone.shared(other) for r, gone in zip(got, port.gone, strict=True)] if port.gone else got
+        reads.extend(got)
+    return tuple(reads)
+
+
+def _reads(t: Trace, s: int, hooks: Hooks, joint: Int[Tensor, "ports row"] | None) -> tuple[Tensor, ...]:
+    """What nodes read of each port (``joint``: of which row of what the port hears, where nodes share rows)."""
+    plan = t.plan.stages[s]
     reads: list[Tensor] = []
     normed_once: dict[tuple[int, int], Tensor] = {}  # ports that hear the same often share their norm, too
     for number, (port, heard) in enumerate(zip(plan.ports, _hear(t, plan), strict=True)):
@@ -69,7 +91,7 @@ def _run_stage(t: Trace, s: int, hooks: Hooks) -> None:
         if x.shape[1] == 1:
             got = tuple(read.shared(normed[:, 0]) for read in port.reads)
         else:
-            row_of = port.row_of if joint is None else joint[0][number]
+            row_of = port.row_of if joint is None else joint[number]
             row_of = row_of if x.shape[1] == int(port.row_of.max()) + 1 else torch.arange(x.shape[1])
             got = tuple(read.apart(normed, row_of) for read in port.reads)
         if t.keep:
@@ -80,8 +102,7 @@ def _run_stage(t: Trace, s: int, hooks: Hooks) -> None:
             )
             t.inputs[s, port.port.name], t.normed[s, port.port.name], t.reads[s, port.port.name] = x, normed, got
         reads.extend(got)
-    apart = joint is not None and any(read.shape[1] > 1 for read in reads)
-    finish_stage(t, s, hooks.core(t, s, tuple(reads), joint[1] if joint is not None and apart else None), hooks)
+    return tuple(reads)
 
 
 def _one_each(read: Float[Tensor, "batch block pos width"], copies: int) -> Float[Tensor, "batch node pos width"]:
@@ -93,7 +114,7 @@ def finish_stage(t: Trace, s: int, codes: Tensor, hooks: Hooks | None = None) ->
     """From the codes of stage s to what it writes."""
     plan = t.plan.stages[s]
     last = plan.write is None
-    if t.keep or last:
+    if t.keep or last or plan.codes_needed:
         t.codes[s] = codes
     if last:
         t.total.append(codes[:, 0])

@@ -24,7 +24,7 @@ from unweave.graph.display import summary_html
 from unweave.graph.narrowing import add_wires, check_factors
 from unweave.graph.parts import Edge, Port, Stage
 from unweave.graph.splitting import Parts, part_names, read_parts, split_stage, split_writers
-from unweave.graph.unrolling import copy_names, listening, meet, read_groups, unroll_stage, unroll_writers
+from unweave.graph.unrolling import copy_names, listening, meet, read_groups, unroll_stage
 
 __all__ = ["CHANNEL_KINDS", "Ablation", "Graph"]
 
@@ -117,6 +117,7 @@ class Graph:
                 heard = [t for t in self.stages[slice(*stage.visible)] if t.write is not None]
                 meets = meet(listening(stage, port), [t.positions for t in heard], [len(t.nodes) for t in heard])
                 kept = port.kept(sum(len(t.nodes) for t in heard), len(stage.nodes)) if kept_only else True
+                meets = meets if port.reach is None else meets & port.reach.cpu()
                 out[row : row + len(stage.nodes), self.visible_writers(s)] = meets & kept
         return out
 
@@ -403,7 +404,9 @@ class Graph:
         if limit is not None and n_pos > limit:
             raise InputError(f"n_pos is {n_pos} and the model's context only {limit}")
         marks = read_groups(n_pos, groups)
-        stages = tuple(unroll_writers(unroll_stage(stage, marks), len(marks)) for stage in self.stages)
+        heard = [len(self.writers[self.visible_writers(s)]) for s in range(len(self.stages))]
+        copies = [unroll_stage(stage, marks) for stage in self.stages]
+        stages = tuple(split_writers(stage, [len(marks)] * n) for stage, n in zip(copies, heard, strict=True))
         names = {n: [n] if self.find(n)[0].write is None else copy_names(n, marks) for n in self.nodes}
         modules = {copy: module for n, module in self.modules.items() for copy in names[n]}
         return dataclasses.replace(self, stages=stages, modules=modules, info={**self.info, "n_ctx": n_pos})
@@ -542,6 +545,9 @@ class Graph:
                 port.edges.shape == (n, writers.stop - writers.start),
                 f"port {port.name}: the edge table has a wrong shape",
             )
+        if port.reach is not None:
+            shape = (n, writers.stop - writers.start)
+            check(port.reach.shape == shape, f"port {port.name}: the table of what it reaches has a wrong shape")
         if port.offset is not None:
             check(
                 port.offset.ndim == 3 and port.offset.shape[::2] == (n, width),

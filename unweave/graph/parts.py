@@ -11,7 +11,7 @@ from torch import Tensor
 
 from unweave import tree
 from unweave.errors import InputError
-from unweave.ops import Attention, Core, LinearMap, Norm
+from unweave.ops import Attention, BlockMap, Core, LinearMap, Norm
 
 __all__ = ["Edge", "Port", "Read", "Stage", "Wires"]
 
@@ -61,6 +61,14 @@ class Read:
     widths: tuple[int, ...]
     bias: Float[Tensor, " outputs"] | None = None
 
+    @property
+    def n_parameters(self) -> int:
+        """Stored numbers; the bias of a feature map, which all of its pixels share, counts once."""
+        if self.bias is None:
+            return self.map.n_parameters
+        shared = isinstance(self.map, BlockMap) and self.map.shares_pixels
+        return self.map.n_parameters + (len(self.widths) if shared else self.bias.numel())
+
 
 @tree.register
 @dataclass(frozen=True, eq=False)
@@ -108,6 +116,8 @@ class Port:
         edges: which visible writer each node hears; None when all hear all.
         offset: the constant left in place of cut edges, one per node, for all positions or for each.
         wires: edges that carry only some dimensions, after :meth:`Graph.narrow`; ``edges`` counts them as cut.
+        reach: which visible writer each node can hear at all; None when all can. The others' places are not read:
+            maps of another group of a convolution, or of a layer between the two that a skip connects.
     """
 
     name: str
@@ -116,6 +126,7 @@ class Port:
     edges: Bool[Tensor, "nodes writers"] | None = None
     offset: Float[Tensor, "nodes #pos d_model"] | None = None
     wires: Wires | None = None
+    reach: Bool[Tensor, "nodes writers"] | None = None
 
     @property
     def is_cut(self) -> bool:
@@ -165,9 +176,11 @@ class Stage:
     @cached_property
     def n_parameters(self) -> int:
         """Stored numbers: maps, biases, norms, tables; constants left by cut edges are not counted."""
-        maps = [read.map.n_parameters for port in self.ports for read in port.reads]
-        loose = [read.bias for port in self.ports for read in port.reads] + [self.bias]
-        loose += [t for port in self.ports if port.wires is not None for t in (port.wires.left, port.wires.right)]
+        maps = [read.n_parameters for port in self.ports for read in port.reads]
+        loose = [
+            self.bias,
+            *(t for port in self.ports if port.wires is not None for t in (port.wires.left, port.wires.right)),
+        ]
         norms = tree.tensors([port.norm for port in self.ports]).values()  # ports that share a norm count it once
         return (
             sum(maps)

@@ -51,7 +51,7 @@ def split_stage(stage: Stage, parts: Mapping[int, Parts]) -> Stage:
     order = [starts[i] + c for i, node in enumerate(per_node) for part in node for c in part]
     core, write, positions = stage.core, stage.write, stage.positions
     if isinstance(write, Identity):  # what one part writes is as wide as the stream, its code is not
-        eye = torch.eye(write.size).to(next(t for _, t in tree.leaves(stage.ports)))
+        eye = write.dense().to(next(t for _, t in tree.leaves(stage.ports) if t.is_floating_point()))
         write = Masked.keep(eye, eye > 0)
     if isinstance(core, Attention):
         core = dataclasses.replace(core, n_heads=sum(counts))
@@ -76,8 +76,11 @@ def part_names(node: str, count: int) -> list[str]:
 def split_writers(stage: Stage, counts: Sequence[int]) -> Stage:
     """The stage after the writers it may hear, in their order, were split into so many parts each."""
     times = torch.tensor(counts, device=stage.device)
-    tables = [None if p.edges is None else p.edges.repeat_interleave(times, 1) for p in stage.ports]
-    ports = tuple(dataclasses.replace(p, edges=t) for p, t in zip(stage.ports, tables, strict=True))
+
+    def again(table: Tensor | None) -> Tensor | None:
+        return None if table is None else table.repeat_interleave(times, 1)
+
+    ports = tuple(dataclasses.replace(p, edges=again(p.edges), reach=again(p.reach)) for p in stage.ports)
     return dataclasses.replace(stage, ports=ports)
 
 
@@ -90,7 +93,8 @@ def _split_port(stage: Stage, port: Port, per_node: Sequence[Parts]) -> Port:
     # queries and keys stay whole: all parts of a head share its pattern
     whole = isinstance(stage.core, Attention) and port.name != "v"
     reads = port.reads if whole else tuple(_split_read(read, per_node) for read in port.reads)
-    return dataclasses.replace(port, reads=reads, edges=again(port.edges), offset=again(port.offset))
+    edges, offset, reach = again(port.edges), again(port.offset), again(port.reach)
+    return dataclasses.replace(port, reads=reads, edges=edges, offset=offset, reach=reach)
 
 
 def _split_read(read: Read, per_node: Sequence[Parts]) -> Read:

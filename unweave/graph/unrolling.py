@@ -13,7 +13,7 @@ from unweave.errors import InputError
 from unweave.graph.parts import Port, Stage
 from unweave.ops import Attention, Repeated
 
-__all__ = ["REST", "at_positions", "copy_names", "listening", "meet", "read_groups", "unroll_stage", "unroll_writers"]
+__all__ = ["REST", "at_positions", "copy_names", "listening", "meet", "read_groups", "unroll_stage"]
 
 # the group of the positions that no group names
 REST = "rest"
@@ -65,8 +65,9 @@ def unroll_stage(stage: Stage, groups: Mapping[str, Bool[Tensor, " pos"]]) -> St
     n, times = len(stage.nodes), len(groups)
 
     def again(port: Port) -> Port:
-        edges, offset = (None if t is None else t.repeat_interleave(times, 0) for t in (port.edges, port.offset))
-        return dataclasses.replace(port, edges=edges, offset=offset)
+        given = (port.edges, port.offset, port.reach)
+        edges, offset, reach = (None if t is None else t.repeat_interleave(times, 0) for t in given)
+        return dataclasses.replace(port, edges=edges, offset=offset, reach=reach)
 
     core = stage.core
     if isinstance(core, Attention):
@@ -80,13 +81,6 @@ def unroll_stage(stage: Stage, groups: Mapping[str, Bool[Tensor, " pos"]]) -> St
         code_widths=tuple(w for w in stage.code_widths for _ in range(times)),
         positions=torch.stack(list(groups.values())).repeat(n, 1).to(stage.device),
     )
-
-
-def unroll_writers(stage: Stage, times: int) -> Stage:
-    """The stage after every writer it may hear became so many."""
-    tables = [None if p.edges is None else p.edges.repeat_interleave(times, 1) for p in stage.ports]
-    ports = tuple(dataclasses.replace(p, edges=t) for p, t in zip(stage.ports, tables, strict=True))
-    return dataclasses.replace(stage, ports=ports)
 
 
 def at_positions(

@@ -1,6 +1,6 @@
 """What nodes compute: a stage reads the stream through norms and linear maps, a core mixes, a linear map writes."""
 
-from unweave.ops.convolution import Chain, Convolution, Pair, Pool, slid_size
+from unweave.ops.convolution import BlockMap, Chain, Convolution, DenseBlocks, Joined, Pair, Places, Pool, slid_size
 from unweave.ops.cores import ACTIVATIONS, Activation, Attention, Context, Core, FloatInput, Lookup, Readout, Rotary
 from unweave.ops.dictionaries import LATENT_ACTIVATIONS, Dictionary
 from unweave.ops.feature_core import FeatureCore
@@ -23,15 +23,18 @@ __all__ = [
     "LATENT_ACTIVATIONS",
     "Activation",
     "Attention",
+    "BlockMap",
     "Chain",
     "Context",
     "Convolution",
     "Core",
     "Dense",
+    "DenseBlocks",
     "Dictionary",
     "FeatureCore",
     "FloatInput",
     "Identity",
+    "Joined",
     "LayerNorm",
     "LinearMap",
     "LowRank",
@@ -41,6 +44,7 @@ __all__ = [
     "Pair",
     "Pivoted",
     "Placed",
+    "Places",
     "Pool",
     "RMSNorm",
     "Readout",

@@ -5,13 +5,16 @@ A map is a code of height * width numbers, row by row.
 
 from __future__ import annotations
 
+import dataclasses
+import functools
+from abc import abstractmethod
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange
-from jaxtyping import Float, Int
+from einops import rearrange, repeat
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from unweave import tree
@@ -19,9 +22,11 @@ from unweave.errors import InputError, ShapeError
 from unweave.ops.cores import Context, Core
 from unweave.ops.linear import Dense, LinearMap
 
-__all__ = ["Chain", "Convolution", "Pair", "Pool", "slid_size"]
+__all__ = ["BlockMap", "Chain", "Convolution", "DenseBlocks", "Joined", "Pair", "Places", "Pool", "slid_size"]
 
 Pair = tuple[int, int]
+# (start, width) of what each writer adds to a stream, where each has a place of its own
+Places = tuple[Pair, ...]
 POOLS = ("average", "max")
 
 
@@ -36,15 +41,55 @@ def slid_size(size: Pair, kernel: Pair, stride: Pair, padding: Pair, dilation: P
     return rows, columns
 
 
+class BlockMap(LinearMap):
+    """A linear map between blocks: maps of pixels, each written by a node of its own and read by others.
+
+    Outputs come in equal blocks, one per reader. What is known of single blocks is computed without dense matrices.
+    """
+
+    @property
+    @abstractmethod
+    def blocks(self) -> int:
+        """How many blocks come out."""
+
+    @property
+    def shares_pixels(self) -> bool:
+        """Whether a block is a map whose pixels are all made alike."""
+        return False
+
+    @abstractmethod
+    def apply_blocks(self, x: Float[Tensor, "... row d_in"], blocks: Int[Tensor, " row"]) -> Tensor:
+        """Output block ``blocks[r]`` of row r: ``[... row width]``."""
+
+    @abstractmethod
+    def pull(self, g: Float[Tensor, "... row width"], blocks: Int[Tensor, " row"]) -> Tensor:
+        """The transpose of :meth:`apply_blocks`: gradients at blocks, back at what rows heard ``[... row d_in]``."""
+
+    @abstractmethod
+    def mask(self, table: Bool[Tensor, "blocks writers"], places: Places) -> BlockMap | None:
+        """The map without the pairs of (output block, writer) that are False; None where writers are not its blocks."""
+
+    @abstractmethod
+    def pair_products(
+        self, g: Float[Tensor, "n blocks width"], x: Float[Tensor, "n d_in"], places: Places
+    ) -> Float[Tensor, "n blocks writers"] | None:
+        """g_j . (what writer i alone makes of block j), for each pair; None where writers are not its blocks."""
+
+    @property
+    def is_structured(self) -> bool:
+        return True
+
+
 @tree.register
 @dataclass(frozen=True, eq=False)
-class Convolution(LinearMap):
+class Convolution(BlockMap):
     """The linear map of ``nn.Conv2d``: out[o] = sum over i of kernel[o, i] slid over map i (cross-correlation).
 
     Attributes:
-        kernels: of every map read and made.
+        kernels: of every map made and every map of its group that is read.
         size: rows and columns of the maps read.
         stride, padding, dilation: in rows and columns; padding is with zeros.
+        groups: maps come in so many groups, each read and made apart; as many as maps: depthwise.
     """
 
     kernels: Float[Tensor, "maps_out maps_in height width"]
@@ -52,10 +97,26 @@ class Convolution(LinearMap):
     stride: Pair = (1, 1)
     padding: Pair = (0, 0)
     dilation: Pair = (1, 1)
+    groups: int = 1
 
     def __post_init__(self) -> None:
         if min(self.out_size) < 1:
             raise ShapeError(f"kernels of {tuple(self.kernels.shape[2:])} do not fit on maps of {self.size}")
+        if self.groups < 1 or self.kernels.shape[0] % self.groups:
+            raise ShapeError(f"{self.kernels.shape[0]} maps do not come in {self.groups} groups")
+
+    @property
+    def blocks(self) -> int:
+        return len(self.kernels)
+
+    @property
+    def shares_pixels(self) -> bool:
+        return True
+
+    @property
+    def maps_in(self) -> int:
+        """How many maps are read."""
+        return self.kernels.shape[1] * self.groups
 
     @property
     def out_size(self) -> Pair:
@@ -65,16 +126,94 @@ class Convolution(LinearMap):
 
     @property
     def d_in(self) -> int:  # type: ignore[override]
-        return self.kernels.shape[1] * self.size[0] * self.size[1]
+        return self.maps_in * self.size[0] * self.size[1]
 
     @property
     def d_out(self) -> int:  # type: ignore[override]
         return self.kernels.shape[0] * self.out_size[0] * self.out_size[1]
 
+    @property
+    def group_maps(self) -> Int[Tensor, "maps_out maps_in"]:
+        """Which maps each kernel of each map made slides over."""
+        n_out, n_in = self.kernels.shape[:2]
+        group = torch.arange(n_out, device=self.kernels.device) // (n_out // self.groups)
+        return group[:, None] * n_in + torch.arange(n_in, device=self.kernels.device)
+
+    def ungrouped(self) -> Float[Tensor, "maps_out all_maps_in height width"]:
+        """A kernel for every pair of maps, zero between groups."""
+        if self.groups == 1:
+            return self.kernels
+        n_out, n_in, *window = self.kernels.shape
+        index = repeat(self.group_maps, "o i -> o i h w", h=window[0], w=window[1])
+        return self.kernels.new_zeros(n_out, n_in * self.groups, *window).scatter(1, index, self.kernels)
+
+    @property
+    def _scales(self) -> bool:
+        """Whether each map is the one in its place times a number."""
+        alone = self.kernels.shape[1:] == (1, 1, 1) and len(self.kernels) == self.groups
+        return alone and self.stride == (1, 1) and self.padding == (0, 0)
+
+    def _slid(self, maps: Tensor, kernels: Tensor, groups: int) -> Tensor:
+        return F.conv2d(maps, kernels, stride=self.stride, padding=self.padding, dilation=self.dilation, groups=groups)
+
     def apply(self, x: Float[Tensor, "... d_in"]) -> Float[Tensor, "... d_out"]:
-        maps = x.reshape(-1, self.kernels.shape[1], *self.size)
-        out = F.conv2d(maps, self.kernels, stride=self.stride, padding=self.padding, dilation=self.dilation)
+        maps = x.reshape(-1, self.maps_in, *self.size)
+        # what a skip connection does: no convolution is as fast
+        out = maps * self.kernels[:, 0] if self._scales else self._slid(maps, self.kernels, self.groups)
         return out.reshape(*x.shape[:-1], self.d_out)
+
+    def apply_blocks(self, x: Float[Tensor, "... row d_in"], blocks: Int[Tensor, " row"]) -> Tensor:
+        rows = len(blocks)
+        maps = x.reshape(-1, rows, self.maps_in, *self.size)
+        if self.groups > 1:
+            maps = maps[:, torch.arange(rows, device=x.device)[:, None], self.group_maps[blocks]]
+        out = self._slid(rearrange(maps, "n r c h w -> n (r c) h w"), self.kernels[blocks], rows)
+        return out.reshape(*x.shape[:-1], -1)
+
+    def pull(self, g: Float[Tensor, "... row width"], blocks: Int[Tensor, " row"]) -> Tensor:
+        rows, window = len(blocks), self.kernels.shape[2:]
+        maps = g.reshape(-1, rows, *self.out_size)
+        # pixels at the far border that no window reached
+        short = tuple(
+            (self.size[i] + 2 * self.padding[i] - self.dilation[i] * (window[i] - 1) - 1) % self.stride[i]
+            for i in range(2)
+        )
+        options: dict[str, Any] = {"stride": self.stride, "padding": self.padding, "dilation": self.dilation}
+        back = F.conv_transpose2d(maps, self.kernels[blocks], groups=rows, output_padding=short, **options)
+        back = rearrange(back, "n (r c) h w -> n r c (h w)", r=rows)
+        if self.groups > 1:
+            index = repeat(self.group_maps[blocks], "r c -> n r c p", n=len(back), p=back.shape[-1])
+            back = back.new_zeros(len(back), rows, self.maps_in, back.shape[-1]).scatter(2, index, back)
+        return back.reshape(*g.shape[:-1], self.d_in)
+
+    def _fits(self, places: Places) -> bool:
+        """Whether the writers are its maps, one after the other."""
+        pixels = self.size[0] * self.size[1]
+        return places == tuple((i * pixels, pixels) for i in range(self.maps_in))
+
+    def mask(self, table: Bool[Tensor, "blocks writers"], places: Places) -> Convolution | None:
+        if not self._fits(places) or len(table) != len(self.kernels):
+            return None
+        kept = table.to(self.kernels.device).gather(1, self.group_maps)
+        return dataclasses.replace(self, kernels=self.kernels * kept.to(self.kernels)[:, :, None, None])
+
+    def pair_products(
+        self, g: Float[Tensor, "n blocks width"], x: Float[Tensor, "n d_in"], places: Places
+    ) -> Float[Tensor, "n blocks writers"] | None:
+        """By the gradient of every kernel, sequence by sequence: sum over its window of kernel times gradient."""
+        if not self._fits(places) or g.shape[1] != len(self.kernels):
+            return None
+        maps = x.reshape(-1, self.maps_in, *self.size)
+        height, width = self.kernels.shape[2:]
+        unfolded = F.unfold(maps, (height, width), self.dilation, self.padding, self.stride)
+        windows = rearrange(unfolded, "n (g i) p -> n g p i", g=self.groups)
+        at_kernels = rearrange(g, "n (g o) p -> n g o p", g=self.groups) @ windows
+        found = rearrange(at_kernels, "n g o (i h w) -> n (g o) i h w", h=height, w=width)
+        pairs = (found * self.kernels).sum((-2, -1))
+        if self.groups == 1:
+            return pairs
+        index = self.group_maps.expand(len(pairs), -1, -1)
+        return pairs.new_zeros(len(pairs), len(self.kernels), self.maps_in).scatter(2, index, pairs)
 
     def dense(self) -> Float[Tensor, "d_out d_in"]:
         eye = torch.eye(self.d_in, dtype=self.kernels.dtype, device=self.kernels.device)
@@ -87,8 +226,8 @@ class Convolution(LinearMap):
             blocks = index.reshape(-1, pixels)
             whole = blocks[:, :1] + torch.arange(pixels, device=index.device)
             if bool((blocks == whole).all() and (blocks[:, 0] % pixels == 0).all() and (index >= 0).all()):
-                kernels = self.kernels[blocks[:, 0] // pixels]
-                return Convolution(kernels, self.size, self.stride, self.padding, self.dilation)
+                kernels = self.ungrouped()[blocks[:, 0] // pixels]
+                return dataclasses.replace(self, kernels=kernels, groups=1)
         return Dense(self.dense()).select_outputs(index)
 
     @property
@@ -99,9 +238,170 @@ class Convolution(LinearMap):
     def n_multiplications(self) -> int:
         return self.kernels.numel() * self.out_size[0] * self.out_size[1]
 
+
+@tree.register
+@dataclass(frozen=True, eq=False)
+class DenseBlocks(BlockMap):
+    """A matrix whose rows are ``n_blocks`` equal blocks: what a linear layer reads from maps."""
+
+    weight: Float[Tensor, "d_out d_in"]
+    n_blocks: int = 1
+
     @property
-    def is_structured(self) -> bool:
-        return True
+    def blocks(self) -> int:
+        return self.n_blocks
+
+    @property
+    def d_in(self) -> int:  # type: ignore[override]
+        return self.weight.shape[1]
+
+    @property
+    def d_out(self) -> int:  # type: ignore[override]
+        return self.weight.shape[0]
+
+    @property
+    def _by_block(self) -> Float[Tensor, "blocks width d_in"]:
+        return rearrange(self.weight, "(b w) d -> b w d", b=self.n_blocks)
+
+    def apply(self, x: Float[Tensor, "... d_in"]) -> Float[Tensor, "... d_out"]:
+        return F.linear(x, self.weight)
+
+    def apply_blocks(self, x: Float[Tensor, "... row d_in"], blocks: Int[Tensor, " row"]) -> Tensor:
+        return torch.einsum("...rd,rwd->...rw", x, self._by_block[blocks])
+
+    def pull(self, g: Float[Tensor, "... row width"], blocks: Int[Tensor, " row"]) -> Tensor:
+        return torch.einsum("...rw,rwd->...rd", g, self._by_block[blocks])
+
+    def mask(self, table: Bool[Tensor, "blocks writers"], places: Places) -> DenseBlocks | None:
+        if len(table) != self.n_blocks or not _cover(places, self.d_in):
+            return None
+        widths = torch.tensor([width for _, width in places], device=self.weight.device)
+        kept = table.to(self.weight.device).repeat_interleave(widths, 1)
+        kept = kept.repeat_interleave(self.d_out // self.n_blocks, 0)
+        return dataclasses.replace(self, weight=self.weight * kept.to(self.weight))
+
+    def pair_products(
+        self, g: Float[Tensor, "n blocks width"], x: Float[Tensor, "n d_in"], places: Places
+    ) -> Float[Tensor, "n blocks writers"] | None:
+        if g.shape[1] != self.n_blocks or not _cover(places, self.d_in):
+            return None
+        products = self.pull(g, torch.arange(self.n_blocks, device=g.device)) * x[:, None]
+        return torch.stack([part.sum(-1) for part in products.split([width for _, width in places], dim=-1)], dim=-1)
+
+    def dense(self) -> Float[Tensor, "d_out d_in"]:
+        return self.weight
+
+    def select_outputs(self, index: Int[Tensor, " n"]) -> LinearMap:
+        return Dense(self.weight).select_outputs(index)
+
+    @property
+    def n_parameters(self) -> int:
+        return self.weight.numel()
+
+
+@tree.register
+@dataclass(frozen=True, eq=False)
+class Joined(BlockMap):
+    """Maps of consecutive coordinates, added up: out = sum over k of maps[k](x from starts[k] on).
+
+    Attributes:
+        starts: where in the input each map begins to read; what none reads is not used.
+        size: the length of the input.
+    """
+
+    maps: tuple[BlockMap, ...]
+    starts: tuple[int, ...]
+    size: int
+
+    def __post_init__(self) -> None:
+        if len({m.d_out for m in self.maps}) != 1 or len(self.maps) != len(self.starts):
+            raise ShapeError(f"joined maps must make as many numbers each, got {[m.d_out for m in self.maps]}")
+        if any(not 0 <= a <= self.size - m.d_in for m, a in self._parts):
+            raise ShapeError(f"joined maps read beyond an input of {self.size} numbers")
+
+    @property
+    def blocks(self) -> int:
+        return self.maps[0].blocks
+
+    @property
+    def shares_pixels(self) -> bool:
+        return all(m.shares_pixels for m in self.maps)
+
+    @property
+    def _parts(self) -> tuple[tuple[BlockMap, int], ...]:
+        return tuple(zip(self.maps, self.starts, strict=True))
+
+    def _own(self, k: int, places: Places) -> tuple[list[int], Places]:
+        """The writers that map k reads, and their places in what it reads."""
+        lo, hi = self.starts[k], self.starts[k] + self.maps[k].d_in
+        inside = [i for i, (start, width) in enumerate(places) if start < hi and start + width > lo]
+        return inside, tuple((places[i][0] - lo, places[i][1]) for i in inside)
+
+    @property
+    def d_in(self) -> int:  # type: ignore[override]
+        return self.size
+
+    @property
+    def d_out(self) -> int:  # type: ignore[override]
+        return self.maps[0].d_out
+
+    def apply(self, x: Float[Tensor, "... d_in"]) -> Float[Tensor, "... d_out"]:
+        found = [m.apply(x[..., a : a + m.d_in]) for m, a in self._parts]
+        return functools.reduce(torch.add, found)
+
+    def apply_blocks(self, x: Float[Tensor, "... row d_in"], blocks: Int[Tensor, " row"]) -> Tensor:
+        found = [m.apply_blocks(x[..., a : a + m.d_in], blocks) for m, a in self._parts]
+        return functools.reduce(torch.add, found)
+
+    def pull(self, g: Float[Tensor, "... row width"], blocks: Int[Tensor, " row"]) -> Tensor:
+        out = g.new_zeros(*g.shape[:-1], self.size)
+        for m, a in self._parts:
+            out[..., a : a + m.d_in] += m.pull(g, blocks)
+        return out
+
+    def mask(self, table: Bool[Tensor, "blocks writers"], places: Places) -> Joined | None:
+        masked = []
+        for k, m in enumerate(self.maps):
+            inside, own = self._own(k, places)
+            masked.append(m.mask(table[:, inside], own))
+        maps = tuple(m for m in masked if m is not None)
+        return Joined(maps, self.starts, self.size) if len(maps) == len(masked) else None
+
+    def pair_products(
+        self, g: Float[Tensor, "n blocks width"], x: Float[Tensor, "n d_in"], places: Places
+    ) -> Float[Tensor, "n blocks writers"] | None:
+        out = g.new_zeros(*g.shape[:2], len(places))
+        for k, (m, a) in enumerate(self._parts):
+            inside, own = self._own(k, places)
+            pairs = m.pair_products(g, x[:, a : a + m.d_in], own)
+            if pairs is None:
+                return None
+            out[:, :, inside] += pairs
+        return out
+
+    def dense(self) -> Float[Tensor, "d_out d_in"]:
+        first = self.maps[0].dense()
+        out = first.new_zeros(self.d_out, self.size)
+        for m, a in self._parts:
+            out[:, a : a + m.d_in] += m.dense()
+        return out
+
+    def select_outputs(self, index: Int[Tensor, " n"]) -> LinearMap:
+        return Dense(self.dense()).select_outputs(index)
+
+    @property
+    def n_parameters(self) -> int:
+        return sum(m.n_parameters for m in self.maps)
+
+    @property
+    def n_multiplications(self) -> int:
+        return sum(m.n_multiplications for m in self.maps)
+
+
+def _cover(places: Places, size: int) -> bool:
+    """Whether the writers' places are all of an input, in order."""
+    ends = [0, *(start + width for start, width in places)]
+    return ends[-1] == size and all(start == end for (start, _), end in zip(places, ends[:-1], strict=True))
 
 
 @tree.register

@@ -142,7 +142,32 @@ class Identity(LinearMap):
 @tree.register
 @dataclass(frozen=True, eq=False)
 class Placed(Identity):
-    """W = I where each of several nodes writes to a place of its own: their codes, one after the other, are the sum."""
+    """Each of several nodes writes to a place of its own: their codes, one after the other, from ``start`` on.
+
+    Attributes:
+        start: where in the stream the first code stands.
+        width: of the stream; None where the codes fill it.
+    """
+
+    start: int = 0
+    width: int | None = None
+
+    @property
+    def d_out(self) -> int:  # type: ignore[override]
+        return self.size if self.width is None else self.width
+
+    @property
+    def _around(self) -> tuple[int, int]:
+        return self.start, self.d_out - self.start - self.size
+
+    def apply(self, x: Float[Tensor, "... d_in"]) -> Float[Tensor, "... d_out"]:
+        return x if self.d_out == self.size else F.pad(x, self._around)
+
+    def dense(self) -> Float[Tensor, "d_out d_in"]:
+        return F.pad(torch.eye(self.size), (0, 0, *self._around))
+
+    def select_outputs(self, index: Int[Tensor, " n"]) -> LinearMap:
+        return Dense(_pick_rows(self.dense().to(index.device), index))
 
     @property
     def keeps_blocks(self) -> bool:

@@ -29,6 +29,8 @@ __all__ = ["calibrate", "measure_edges"]
 
 # how many tokens one forward pass over ablated copies may hold; bounds memory, not the result
 TOKENS_AT_ONCE = 16384
+# the same for numbers heard: a token of a convolutional network is an image
+NUMBERS_AT_ONCE = 1 << 25
 
 
 def measure_edges(
@@ -101,9 +103,10 @@ def measure_edges(
 
 def _chunks(graph: Graph, edges: Tensor, batch: Batch) -> Iterator[tuple[int, int, Tensor, Tensor]]:
     """(stage, port number, nodes, writers among the visible) in pieces that fit in memory."""
-    size = max(1, TOKENS_AT_ONCE // (batch.inputs.shape[0] * batch.inputs.shape[1]))
     for s, stage in enumerate(graph.stages):
         for p, port in enumerate(stage.ports):
+            tokens = min(TOKENS_AT_ONCE, NUMBERS_AT_ONCE // port.reads[0].map.d_in)
+            size = max(1, tokens // (batch.inputs.shape[0] * batch.inputs.shape[1]))
             row = graph.port_starts[s, port.name]
             marked = edges[row : row + len(stage.nodes), graph.visible_writers(s)].nonzero()
             for piece in marked.split(size):
@@ -178,6 +181,7 @@ def _repeated(t: Trace | None, copies: int) -> Trace | None:
     out = Trace(t.graph, t.plan, t.context.expand(copies))
     for s in range(len(t.graph.stages) - 1):
         out.each.append(t.node_writes(s).repeat(copies, 1, 1, 1))
+        out.total.append(t.total[s].repeat(copies, 1, 1))
     return out
 
 

@@ -165,7 +165,7 @@ class _GradientStep:
             clean = batch_trace(self.graph, batch, keep=True)
             sent = self.instead.sent(self.graph, batch, clean.counterfactual)
         n_pos = clean.context.n_pos
-        written = Products(clean, sent, n_pos).written
+        differences = Products(clean, sent, n_pos)
         signed = self.scope.divergence == "logit_difference"
         # the KL is flat at the network itself: without steps, its gradient is taken at the mean embedding
         shares = [k / self.steps for k in range(1, self.steps + 1)] if self.steps else [1.0 if signed else 0.0]
@@ -176,7 +176,7 @@ class _GradientStep:
                 value = metric(self.scope, t.output, batch).sum()
             else:
                 value = -divergence(self.scope, clean.output, t.output, batch).sum()
-            total.append(Products(t, sent, n_pos, written)(gradients_of(t, value)).sum(1))
+            total.append(Products(t, sent, n_pos, differences)(gradients_of(t, value)).sum(1))
         edges = torch.stack(total).mean(0)
         return sequence_moments({"edge": edges, "node": edges.sum(1)}, self.scope, batch)
 

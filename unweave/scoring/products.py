@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import functools
+from collections.abc import Callable, Iterable, Iterator
+from functools import cached_property
 
 import torch
 from einops import rearrange
@@ -11,6 +13,7 @@ from torch import Tensor
 
 from unweave.execution import PortPlan, Trace
 from unweave.graph import Graph
+from unweave.ops import BlockMap
 from unweave.statistics import (
     Gradients,
 )
@@ -39,7 +42,7 @@ def products_by_edge(t: Trace, sent: list[Tensor]) -> Callable[[Gradients], Floa
 
 def port_gradients(t: Trace) -> Callable[[int, str, Gradients], Float[Tensor, "node batch pos d_model"]]:
     """A function of (stage, port, gradients): the gradient at what each node of the port hears."""
-    products = Products(t, [], t.context.n_pos, [])
+    products = Products(t, [], t.context.n_pos)
 
     def of(s: int, name: str, gradients: Gradients) -> Float[Tensor, "node batch pos d_model"]:
         (port,) = [p for p in t.plan.stages[s].ports if p.port.name == name]
@@ -56,25 +59,39 @@ class Products:
     a product of what was read with its gradient. So each port costs two matrix products and one pass over g.
 
     Everything is laid out ``[node, batch * block, within, d]``: one product per node over all tokens, and one
-    per block over all nodes, with no copy between them.
+    per block over all nodes, with no copy between them. Where every writer has a place of its own (feature maps), the
+    products come from the gradients of the maps that read them, and neither g nor each y_i is made.
+
+    Args:
+        of: the differences y_i - m_i of another run, in place of this one's.
     """
 
-    def __init__(self, t: Trace, sent: list[Tensor], block: int, written: list[Tensor] | None = None) -> None:
-        self.t, self.block = t, min(block, t.context.n_pos)
+    def __init__(self, t: Trace, sent: list[Tensor], block: int, of: Products | None = None) -> None:
+        self.t, self.block, self.sent = t, min(block, t.context.n_pos), sent
         self.one_stream = all(stage.visible[0] == 0 for stage in t.graph.stages)
         self.folded: dict[tuple[int, str], list[Tensor]] = {}
         self.normed: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
         self.along: dict[tuple[int, str], list[Tensor]] = {}
-        with torch.no_grad():
-            self.written = self._differences(sent) if written is None else written
+        self.of = self if of is None else of
+        self.streams: dict[tuple[int, int], Tensor] = {}
 
-    def _differences(self, sent: list[Tensor]) -> list[Float[Tensor, "node batch_block within d"]]:
+    @cached_property
+    @torch.no_grad()
+    def written(self) -> list[Float[Tensor, "node batch_block within d"]]:
         """y_i - m_i by stage; with one residual stream, every stage sees a prefix of one stack."""
         out = []
-        for s, other in enumerate(sent):
+        for s, other in enumerate(self.sent):
             written = self.t.node_writes(s).detach().float()
             out.append(self._blocks(written - rearrange(other, "n b t d -> b n t d").to(written)))
         return [torch.cat(out)] if self.one_stream else out
+
+    def stream(self, lo: int, hi: int) -> Float[Tensor, "batch pos d"]:
+        """The sum over writers of y_i - m_i."""
+        if (lo, hi) not in self.streams:
+            instead = [other.sum(0) for other in self.sent[lo:hi]]
+            heard = self.t.stream(lo, hi).detach().float()
+            self.streams[lo, hi] = heard - torch.stack([x.to(heard).expand_as(heard) for x in instead]).sum(0)
+        return self.streams[lo, hi]
 
     def _blocks(self, x: Float[Tensor, "batch n pos d"]) -> Float[Tensor, "n batch_block within d"]:
         batch, nodes, n_pos, d = x.shape
@@ -85,20 +102,21 @@ class Products:
 
     def _heard(self, graph: Graph, s: int) -> Float[Tensor, "batch_block within_d writers"]:
         if self.one_stream:
-            heard = self.written[0][graph.visible_writers(s)]
+            heard = self.of.written[0][graph.visible_writers(s)]
         else:
-            heard = torch.cat(self.written[slice(*graph.stages[s].visible)])
+            heard = torch.cat(self.of.written[slice(*graph.stages[s].visible)])
         return rearrange(heard, "n b w d -> b (w d) n")
 
     @torch.no_grad()
     def __call__(self, gradients: Gradients, *, cut_too: bool = False) -> Float[Tensor, "batch block ports writers"]:
-        graph, stack = self.t.graph, self.written[0]
-        out = stack.new_zeros(stack.shape[1], len(graph.ports), len(graph.writers))
+        graph, batch = self.t.graph, self.t.context.inputs.shape[0]
+        n = batch * -(-self.t.context.n_pos // self.block)
+        out = torch.zeros(n, len(graph.ports), len(graph.writers), device=self.t.context.inputs.device)
         for s, row, product in self._by_port(gradients):
             out[:, row : row + product.shape[1], graph.visible_writers(s)] = product
         if not cut_too and graph.is_cut:
             out *= graph.edge_matrix.to(out)
-        return rearrange(out, "(b k) p w -> b k p w", b=self.t.context.inputs.shape[0])
+        return rearrange(out, "(b k) p w -> b k p w", b=batch)
 
     @torch.no_grad()
     def by_edge(self, gradients: Gradients) -> Float[Tensor, "batch block edge"]:
@@ -115,20 +133,43 @@ class Products:
         graph = self.t.graph
         for s, stage in enumerate(self.t.plan.stages):
             for port in stage.ports:
-                g = self.gradient(s, port, gradients.reads[s, port.port.name])
-                product = rearrange(g, "n b w d -> b n (w d)") @ self._heard(graph, s)
+                reads = gradients.reads[s, port.port.name]
+                product = self._in_places(s, port, reads)
+                if product is None:
+                    g = self.gradient(s, port, reads)
+                    product = rearrange(g, "n b w d -> b n (w d)") @ self._heard(graph, s)
                 yield s, graph.port_starts[s, port.port.name], product
+
+    def _in_places(
+        self, s: int, port: PortPlan, grads: list[Tensor]
+    ) -> Float[Tensor, "batch_block node writers"] | None:
+        """The products, pair by pair of maps; None where writers have no places of their own."""
+        plan = self.t.plan.stages[s]
+        if plan.places is None or port.norm is not None:
+            return None
+        total = torch.zeros(())
+        x = rearrange(self.of.stream(*plan.stage.visible), "b t d -> (b t) d")
+        for a, read in zip(grads, port.reads, strict=True):
+            if not isinstance(read.map, BlockMap) or not read.in_blocks:
+                return None
+            g = rearrange(a.detach(), "b n t w -> (b t) n w")
+            pairs = read.map.pair_products(g, x.to(g), plan.places)
+            if pairs is None:
+                return None
+            total = total.to(pairs) + pairs.float()
+        by_block = self._blocks(rearrange(total, "(b t) n i -> b n t i", b=grads[0].shape[0]))
+        return rearrange(by_block.sum(2), "n b i -> b n i")
 
     def gradient(self, s: int, port: PortPlan, grads: list[Tensor]) -> Float[Tensor, "node batch_block within d"]:
         """The gradient at what each node hears."""
         key = (s, port.port.name)
+        if port.norm is None and all(read.in_blocks for read in port.reads):
+            return self._blocks(_total(read.pull(a).float() for a, read in zip(grads, port.reads, strict=True)))
         if key not in self.folded:
             self.folded[key] = [read.folded(port.norm).float() for read in port.reads]
         folded = self.folded[key]
         if port.norm is None:
-            g = sum(_per_node(self._blocks(a.float()), f) for a, f in zip(grads, folded, strict=True))
-            assert isinstance(g, Tensor)
-            return g
+            return _total(_per_node(self._blocks(a.float()), f) for a, f in zip(grads, folded, strict=True))
         inverse, n = self._standardised(key, port)
         blocks = [self._blocks(a.float() * inverse) for a in grads]
         g = _per_node(blocks[0], folded[0])
@@ -138,8 +179,7 @@ class Products:
             return g
         if key not in self.along:
             self.along[key] = [_per_node(n, f.transpose(1, 2)) for f in folded]
-        weight = sum((a * e).sum(-1, keepdim=True) for a, e in zip(blocks, self.along[key], strict=True))
-        assert isinstance(weight, Tensor)
+        weight = _total((a * e).sum(-1, keepdim=True) for a, e in zip(blocks, self.along[key], strict=True))
         return g.addcmul_(weight, n, value=-1.0 / n.shape[-1])
 
     def _standardised(self, key: tuple[int, str], port: PortPlan) -> tuple[Tensor, Tensor]:
@@ -152,6 +192,10 @@ class Products:
             n, inverse = port.norm.standardise(x if x.shape[1] in (1, nodes) else x[:, port.row_of])
             self.normed[shared] = inverse, self._blocks(n)
         return self.normed[shared]
+
+
+def _total(terms: Iterable[Tensor]) -> Tensor:
+    return functools.reduce(torch.add, terms)
 
 
 def _per_node(x: Float[Tensor, "#node batch_block within w"], weight: Float[Tensor, "node w d"]) -> Tensor:
