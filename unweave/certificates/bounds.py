@@ -127,14 +127,16 @@ def upper_bounds(
         model, graph = pair.original.maps[i], pair.graph.maps[i]
         change = Affine(graph.weight - model.weight, graph.bias - model.bias)
         total = total + at_b @ model.bias + at_d @ change.bias
-        size = size + at_b.abs() @ model.bias.abs() + at_d.abs() @ (graph.bias.abs() + model.bias.abs())
+        # how large the summands are: of this map, and of the neurons that the coefficients are about
+        sizes_b, sizes_d = model.bias.abs(), graph.bias.abs() + model.bias.abs()
+        if i < len(layers):
+            sizes_b, sizes_d = sizes_b + layers[i].reach[0], sizes_d + layers[i].reach[1]
+        size = size + (at_b.abs() @ sizes_b[..., None] + at_d.abs() @ sizes_d[..., None])[..., 0]
         on_b, on_d = at_b @ model.weight + at_d @ change.weight, at_d @ graph.weight
         if i == 0:
             break
         at_b, at_d, shift = _through(layers[i - 1], on_b, on_d)
-        reach_b, reach_d = layers[i - 1].reach
-        total = total + shift
-        size = size + shift.abs() + (at_b.abs() @ reach_b[..., None] + at_d.abs() @ reach_d[..., None])[..., 0]
+        total, size = total + shift, size + shift.abs()
     ends = (on_b.clamp(min=0) @ boxes.high[..., None] + on_b.clamp(max=0) @ boxes.low[..., None])[..., 0]
     size = size + (on_b.abs() @ boxes.reach[..., None])[..., 0]
     return total + ends + ROUNDING * (1 + size), on_b
@@ -154,9 +156,11 @@ def _through(
     slopes = []
     shift = on_b.new_zeros(on_b.shape[:2])
     for on, lower, upper in parts:
-        plus, minus = on.clamp(min=0), on.clamp(max=0)
-        slopes.append(plus * upper[0][:, None] + minus * lower[0][:, None])
-        shift = shift + (plus @ upper[1][..., None] + minus @ lower[1][..., None])[..., 0]
+        more = on.clamp(min=0)
+        slopes.append(torch.addcmul(on * lower[0][:, None], more, (upper[0] - lower[0])[:, None]))
+        shift = shift + (more @ (upper[1] - lower[1])[..., None])[..., 0]
+        if lower[1].any():
+            shift = shift + (on @ lower[1][..., None])[..., 0]
     of_b, of_a, of_d = slopes
     return of_b + of_a, of_a + of_d, shift
 
@@ -164,10 +168,10 @@ def _through(
 def blame_inputs(
     pair: ChainPair, boxes: Boxes, layers: list[LayerBounds], rows: Functional
 ) -> Float[Tensor, "box d_input"]:
-    """By how much the lines of all neurons can miss a row of each box, blamed on the inputs that make neurons uncertain.
+    """By how much the lines of all neurons can miss a row of each box, blamed on inputs that make neurons uncertain.
 
-    What a neuron's lines miss, times the coefficient with which the row hears it, is shared among the inputs in proportion
-    to how far each moves the neuron in the box.
+    What a neuron's lines miss, times the coefficient with which the row hears it, is shared among the inputs in
+    proportion to how far each moves the neuron in the box.
 
     Args:
         rows: one row for every box.

@@ -2,16 +2,17 @@
 
 Of two outputs, p = sigmoid(m) and q = sigmoid(m + d), m the margin of the model and d what the graph adds to it:
 
-    KL(p || q) = softplus(m + d) - softplus(m) - sigmoid(m) d = integral over s in [0, 1] of (1 - s) d^2 sigmoid'(m + s d).
+    KL(p || q) = softplus(m + d) - softplus(m) - sigmoid(m) d
+               = integral over s in [0, 1] of (1 - s) d^2 sigmoid'(m + s d).
 
 It is convex in d, with its least value 0 at d = 0; in m it rises to one peak, at
 
     m* = log(e^d - 1 - d) - log(1 - e^d + d e^d),
 
-and falls, since sigmoid' is log-concave and so is its average with the log-concave weights 1 - s. Its largest value over a
-rectangle is thus at an end of d and at the m nearest to that end's m*. Of more outputs, the integrand is the variance of d
-over p_s ~ p^(1 - s) q^s, the sum over pairs of p_s(i) p_s(j) (d_i - d_j)^2. With w_ij the most that (p_s(i) + p_s(j))^2
-can be, and R the largest difference of two d,
+and falls, since sigmoid' is log-concave and so is its average with the log-concave weights 1 - s. Its largest value
+over a rectangle is thus at an end of d and at the m nearest to that end's m*. Of more outputs, the integrand is the
+variance of d over p_s ~ p^(1 - s) q^s, the sum over pairs of p_s(i) p_s(j) (d_i - d_j)^2. With w_ij the most that
+(p_s(i) + p_s(j))^2 can be, and R the largest difference of two d,
 
     KL(p || q) <= min(R, R^2 / 8, sum over pairs i < j of w_ij KL of the two outputs i and j alone),
 
@@ -107,8 +108,8 @@ def largest_kl(bounds: PairBounds, n: int) -> tuple[Float[Tensor, " box"], Float
     """(a bound of the KL over each box, what each pair of its n outputs may add to it).
 
     Exact?
-        The exact maximum over the bounds of m and d for two outputs, up to a share of 1e-9 and the strips, which use the
-        bounds of the graph as well; an upper bound for more.
+        The exact maximum over the bounds of m and d for two outputs, up to a share of 1e-9 and the strips, which use
+        the bounds of the graph as well; an upper bound for more.
     """
     parts = _two_outputs(bounds) * _shares(bounds, n)
     low, high = bounds.difference
