@@ -86,10 +86,10 @@ def certify_boxes(
     """A bound on max over x in the boxes, and outputs i, of |graph_i(x) - original_i(x)|, or of the KL.
 
     Linear bounds of the difference are taken back to the inputs (see :mod:`unweave.certificates.bounds`); the boxes
-    with the largest bounds are halved, along the input that makes the neurons most uncertain that matter to the bound,
-    until no bound is above ``factor`` times the largest difference found. The KL is bounded by what the bounds of all
-    logit differences allow (see :mod:`unweave.certificates.divergence`). What was found is the best of gradient ascent
-    from random inputs, corners and the worst boxes; a worse input may exist.
+    with the largest bounds are halved, along the input that most moves the bound and makes neurons uncertain that it
+    hears, until no bound is above ``factor`` times the largest difference found. The KL is bounded by what the bounds
+    of all logit differences allow (see :mod:`unweave.certificates.divergence`). What was found is the best of gradient
+    ascent from random inputs, corners and the worst boxes; a worse input may exist.
 
     Args:
         graph: a graph of the same depth as the original; compressed, narrowed, restricted or refined.
@@ -228,8 +228,7 @@ class _Search:
         self.look((boxes.low + boxes.high) / 2)
         self.look(torch.where(form > 0, boxes.high, boxes.low))
         blame = blame_inputs(self.pair, boxes, layers, _of_difference(wanted[:, None]))
-        # where all lines are exact, any input will do: the widest
-        return most, (blame + 1e-9 * form.abs().amax(1, keepdim=True) * (boxes.high - boxes.low)).argmax(1)
+        return most, _which_input(boxes.high - boxes.low, blame, form)
 
     def _bound_kl(self, boxes: Boxes, layers: list[LayerBounds]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """(bounds, the differences that make them, linear forms of all rows, the row of that difference)."""
@@ -298,6 +297,20 @@ class _Search:
 
 def _of_difference(rows: Float[Tensor, "*box row d_out"]) -> Functional:
     return Functional(torch.zeros_like(rows), rows)
+
+
+def _which_input(
+    width: Float[Tensor, "box d_input"], blame: Float[Tensor, "box d_input"], form: Float[Tensor, "box d_input"]
+) -> Int[Tensor, " box"]:
+    """The input with the largest sum of its shares in what is uncertain and in how far the bound's linear form moves.
+
+    The first alone never narrows small differences of graph and model; the second alone leaves uncertain neurons be.
+    Where there is neither, the widest.
+    """
+    first, second, third = (
+        t / t.sum(1, keepdim=True).clamp(min=torch.finfo(t.dtype).tiny) for t in (blame, form.abs() * width, width)
+    )
+    return (first + second + 0.01 * third).argmax(1)
 
 
 def _select(boxes: Boxes, which: Tensor) -> Boxes:
