@@ -22,7 +22,7 @@ from unweave.certificates.chains import Affine, ChainPair
 from unweave.certificates.slopes import Lines, lines, slope_range
 from unweave.ops import ACTIVATIONS
 
-__all__ = ["Boxes", "Functional", "LayerBounds", "interval_bounds", "layer_bounds", "upper_bounds"]
+__all__ = ["Boxes", "Functional", "LayerBounds", "blame_inputs", "interval_bounds", "layer_bounds", "upper_bounds"]
 
 # Bounds are moved outwards by this share of the sums of absolute values that they are made of. Sums of a few hundred
 # terms in float64 err by a share of about 1e-13 of them; directed rounding is not used.
@@ -63,7 +63,8 @@ class LayerBounds:
         original, graph, difference: the intervals of b, a and d.
         paired: where f(a) - f(b) is bounded by lines in d; elsewhere f(a) and f(b) are bounded apart.
         of_original, of_graph: lines of f over b and a.
-        of_difference: lower and upper (slope, shift) in d of f(a) - f(b).
+        of_difference: lines in d of f(a) - f(b).
+        forms: what the upper bounds of b were read off: their slopes in every input.
     """
 
     original: Interval
@@ -72,7 +73,8 @@ class LayerBounds:
     paired: Bool[Tensor, "box neuron"]
     of_original: Lines
     of_graph: Lines
-    of_difference: tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]
+    of_difference: Lines
+    forms: Float[Tensor, "box neuron d_input"]
 
     @property
     def reach(self) -> tuple[Tensor, Tensor]:
@@ -81,8 +83,8 @@ class LayerBounds:
         return torch.maximum(bl.abs(), bu.abs()), torch.maximum(dl.abs(), du.abs())
 
 
-def _difference_lines(name: str, layer: tuple[Interval, Interval, Interval]) -> tuple[Lines, Tensor, Tensor]:
-    """Lines in d of f(b + d) - f(b), with the steepest and flattest slope there is on the way."""
+def _difference_lines(name: str, layer: tuple[Interval, Interval, Interval]) -> Lines:
+    """Lines in d of f(b + d) - f(b)."""
     (bl, bu), (al, au), (dl, du) = layer
     least, most = slope_range(name, torch.minimum(bl, al), torch.maximum(bu, au))
     width = torch.where(du > dl, du - dl, 1.0)
@@ -95,19 +97,19 @@ def _difference_lines(name: str, layer: tuple[Interval, Interval, Interval]) -> 
     rises = [torch.where(du > dl, (end - start) / width, most) for start, end in (top, bottom)]
     upper, lower = ((rise, start - rise * dl) for rise, (start, _) in zip(rises, (top, bottom), strict=True))
     gap = (most - least) * torch.maximum(dl.abs(), du.abs())
-    return Lines(lower, upper, gap), least, most
+    return Lines(lower, upper, gap)
 
 
-def _layer(name: str, original: Interval, graph: Interval, difference: Interval, pairing: bool) -> LayerBounds:
-    (bl, bu), (al, au), (dl, du) = original, graph, difference
+def _layer(name: str, bounds: tuple[Interval, Interval, Interval], forms: Tensor, pairing: bool) -> LayerBounds:
+    (bl, bu), (al, au), (dl, du) = bounds
     # what is known of two of a, b, d bounds the third
     al, au = torch.maximum(al, bl + dl), torch.minimum(au, bu + du)
     dl, du = torch.maximum(dl, al - bu), torch.minimum(du, au - bl)
     au, du = torch.maximum(al, au), torch.maximum(dl, du)
     of_b, of_a = lines(name, bl, bu), lines(name, al, au)
-    of_d, _, _ = _difference_lines(name, ((bl, bu), (al, au), (dl, du)))
+    of_d = _difference_lines(name, ((bl, bu), (al, au), (dl, du)))
     paired = (of_d.gap <= of_a.gap + of_b.gap) if pairing else torch.zeros_like(bl, dtype=torch.bool)
-    return LayerBounds((bl, bu), (al, au), (dl, du), paired, of_b, of_a, (of_d.lower, of_d.upper))
+    return LayerBounds((bl, bu), (al, au), (dl, du), paired, of_b, of_a, of_d, forms)
 
 
 def upper_bounds(
@@ -125,14 +127,16 @@ def upper_bounds(
         model, graph = pair.original.maps[i], pair.graph.maps[i]
         change = Affine(graph.weight - model.weight, graph.bias - model.bias)
         total = total + at_b @ model.bias + at_d @ change.bias
-        size = size + at_b.abs() @ model.bias.abs() + at_d.abs() @ (graph.bias.abs() + model.bias.abs())
+        # how large the summands are: of this map, and of the neurons that the coefficients are about
+        sizes_b, sizes_d = model.bias.abs(), graph.bias.abs() + model.bias.abs()
+        if i < len(layers):
+            sizes_b, sizes_d = sizes_b + layers[i].reach[0], sizes_d + layers[i].reach[1]
+        size = size + (at_b.abs() @ sizes_b[..., None] + at_d.abs() @ sizes_d[..., None])[..., 0]
         on_b, on_d = at_b @ model.weight + at_d @ change.weight, at_d @ graph.weight
         if i == 0:
             break
         at_b, at_d, shift = _through(layers[i - 1], on_b, on_d)
-        reach_b, reach_d = layers[i - 1].reach
-        total = total + shift
-        size = size + shift.abs() + (at_b.abs() @ reach_b[..., None] + at_d.abs() @ reach_d[..., None])[..., 0]
+        total, size = total + shift, size + shift.abs()
     ends = (on_b.clamp(min=0) @ boxes.high[..., None] + on_b.clamp(max=0) @ boxes.low[..., None])[..., 0]
     size = size + (on_b.abs() @ boxes.reach[..., None])[..., 0]
     return total + ends + ROUNDING * (1 + size), on_b
@@ -147,16 +151,45 @@ def _through(
         # f(b) + (f(a) - f(b)) is f(a) where the two are bounded apart
         (torch.where(paired, on_b, on_b - on_d), layer.of_original.lower, layer.of_original.upper),
         (torch.where(paired, 0.0, on_d), layer.of_graph.lower, layer.of_graph.upper),
-        (torch.where(paired, on_d, 0.0), *layer.of_difference),
+        (torch.where(paired, on_d, 0.0), layer.of_difference.lower, layer.of_difference.upper),
     ]
     slopes = []
     shift = on_b.new_zeros(on_b.shape[:2])
     for on, lower, upper in parts:
-        plus, minus = on.clamp(min=0), on.clamp(max=0)
-        slopes.append(plus * upper[0][:, None] + minus * lower[0][:, None])
-        shift = shift + (plus @ upper[1][..., None] + minus @ lower[1][..., None])[..., 0]
+        more = on.clamp(min=0)
+        slopes.append(torch.addcmul(on * lower[0][:, None], more, (upper[0] - lower[0])[:, None]))
+        shift = shift + (more @ (upper[1] - lower[1])[..., None])[..., 0]
+        if lower[1].any():
+            shift = shift + (on @ lower[1][..., None])[..., 0]
     of_b, of_a, of_d = slopes
     return of_b + of_a, of_a + of_d, shift
+
+
+def blame_inputs(
+    pair: ChainPair, boxes: Boxes, layers: list[LayerBounds], rows: Functional
+) -> Float[Tensor, "box d_input"]:
+    """By how much the lines of all neurons can miss a row of each box, blamed on inputs that make neurons uncertain.
+
+    What a neuron's lines miss, times the coefficient with which the row hears it, is shared among the inputs in
+    proportion to how far each moves the neuron in the box.
+
+    Args:
+        rows: one row for every box.
+    """
+    width = (boxes.high - boxes.low)[:, None]
+    at_b, at_d = rows.original, rows.difference
+    blame = torch.zeros_like(boxes.low)
+    for i in range(len(layers), 0, -1):
+        model, graph, layer = pair.original.maps[i], pair.graph.maps[i], layers[i - 1]
+        on_b, on_d = at_b @ model.weight + at_d @ (graph.weight - model.weight), at_d @ graph.weight
+        paired, alone = layer.paired[:, None], (on_b - on_d).abs() * layer.of_original.gap[:, None]
+        together = on_b.abs() * layer.of_original.gap[:, None] + on_d.abs() * layer.of_difference.gap[:, None]
+        missed = torch.where(paired, together, alone + on_d.abs() * layer.of_graph.gap[:, None])
+        moves = layer.forms.abs() * width
+        moves = moves / moves.sum(-1, keepdim=True).clamp(min=torch.finfo(moves.dtype).tiny)
+        blame = blame + (missed @ moves)[:, 0]
+        at_b, at_d, _ = _through(layer, on_b, on_d)
+    return blame
 
 
 def layer_bounds(pair: ChainPair, boxes: Boxes, *, pairing: bool = True) -> list[LayerBounds]:
@@ -173,9 +206,10 @@ def layer_bounds(pair: ChainPair, boxes: Boxes, *, pairing: bool = True) -> list
         eye = torch.eye(len(pair.original.maps[i].bias), dtype=torch.float64)
         nothing = torch.zeros_like(eye)
         b, d = torch.cat([eye, nothing, eye]), torch.cat([nothing, eye, eye])
-        highest, _ = upper_bounds(pair, boxes, layers, Functional(torch.cat([b, -b]), torch.cat([d, -d])))
+        highest, forms = upper_bounds(pair, boxes, layers, Functional(torch.cat([b, -b]), torch.cat([d, -d])))
         up_b, up_d, up_a, low_b, low_d, low_a = highest.chunk(6, dim=1)
-        layers.append(_layer(name, (-low_b, up_b), (-low_a, up_a), (-low_d, up_d), pairing))
+        ends = ((-low_b, up_b), (-low_a, up_a), (-low_d, up_d))
+        layers.append(_layer(name, ends, forms[:, : len(eye)], pairing))
     return layers
 
 

@@ -7,11 +7,21 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
-from unweave.certificates.bounds import ROUNDING, Boxes, Functional, interval_bounds, layer_bounds, upper_bounds
+from unweave.certificates.bounds import (
+    ROUNDING,
+    Boxes,
+    Functional,
+    LayerBounds,
+    blame_inputs,
+    interval_bounds,
+    layer_bounds,
+    upper_bounds,
+)
 from unweave.certificates.chains import ChainPair, pair_up
+from unweave.certificates.divergence import PairBounds, largest_kl
 from unweave.errors import EmptyDataError, InputError, ShapeError
 from unweave.graph import Graph
 from unweave.progress import counter
@@ -20,7 +30,13 @@ __all__ = ["BoxCertificate", "certify_boxes"]
 
 QUANTITIES = ("output", "kl")
 BOXES_AT_ONCE = 256
-SEARCH_STARTS, SEARCH_STEPS = 1024, 60
+# of the boxes that are open, one in so many is halved before they are ranked again
+ROUND_SHARE = 8
+SEARCH_STARTS, SEARCH_STEPS = 1024, 100
+# nats under which the second order of the KL is climbed instead
+SMALL_KL = 1e-3
+# the search for inputs starts again from the worst boxes whenever there are so many times as many
+SEARCH_AGAIN = 4
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,7 +77,7 @@ def certify_boxes(
     *,
     quantity: str = "output",
     factor: float = 2.0,
-    limit: int = 20_000,
+    limit: int = 100_000,
     tolerance: float = 1e-6,
     pairing: bool = True,
     seed: int = 0,
@@ -70,14 +86,10 @@ def certify_boxes(
     """A bound on max over x in the boxes, and outputs i, of |graph_i(x) - original_i(x)|, or of the KL.
 
     Linear bounds of the difference are taken back to the inputs (see :mod:`unweave.certificates.bounds`); the boxes
-    with the largest bounds are halved, along the input that moves the bound most, until no bound is above ``factor``
-    times the largest difference found. With R the bound of max_i,j (d_i - d_j), d = graph - original, and e a bound of
-    what both leave to other outputs than their surest,
-
-        KL <= min(R, R^2 / 8, e (1 - e) R^2 / 2 if e < 1/2):
-
-    the KL is an integral of (1 - s) Var(d) over tilted distributions p_s ~ p exp(s d), a variable in a range R has at
-    most the variance R^2 / 4 (Popoviciu), and p_s(c) >= min(p(c), q(c)) (Hoelder).
+    with the largest bounds are halved, along the input that most moves the bound and makes neurons uncertain that it
+    hears, until no bound is above ``factor`` times the largest difference found. The KL is bounded by what the bounds
+    of all logit differences allow (see :mod:`unweave.certificates.divergence`). What was found is the best of gradient
+    ascent from random inputs, corners and the worst boxes; a worse input may exist.
 
     Args:
         graph: a graph of the same depth as the original; compressed, narrowed, restricted or refined.
@@ -94,7 +106,7 @@ def certify_boxes(
         UnsupportedModelError: attention, norms, tokens, or an activation without bounds.
 
     Cost:
-        Per box, about 6 times the widths' products of every pair of layers; memory for 256 boxes.
+        Per box, about 6 times the widths' products of every pair of layers; memory for 2 d_input numbers a box.
 
     Exact?
         An upper bound for the functions in real arithmetic with the weights as stored. The bounds are computed in
@@ -109,7 +121,8 @@ def certify_boxes(
         True
 
     Source:
-        Zhang et al. 2018 (CROWN); Paulsen et al. 2020 (ReluDiff); Bunel et al. 2018 for branch and bound.
+        Zhang et al. 2018 (CROWN); Paulsen et al. 2020 (ReluDiff); Bunel et al. 2018 for branch and
+        bound; Wang et al. 2018 ("Efficient Formal Safety Analysis") for splitting by what is uncertain.
     """
     if quantity not in QUANTITIES:
         raise InputError(f"unknown quantity {quantity!r}; choose one of {', '.join(QUANTITIES)}")
@@ -120,7 +133,7 @@ def certify_boxes(
     pair = pair_up(graph, original)
     boxes = _checked(low, high, pair.d_input)
     search = _Search(pair, quantity, pairing)
-    search.climb(boxes, seed)
+    search.start(boxes, seed)
     return search.run(boxes, factor, limit, tolerance, progress)
 
 
@@ -146,13 +159,9 @@ class _Search:
     def __init__(self, pair: ChainPair, quantity: str, pairing: bool) -> None:
         self.pair, self.quantity, self.pairing = pair, quantity, pairing
         self.found, self.found_at = -1.0, torch.zeros(pair.d_input, dtype=torch.float64)
-        n = pair.d_out
-        eye = torch.eye(n, dtype=torch.float64)
-        first, second = torch.meshgrid(torch.arange(n), torch.arange(n), indexing="ij")
-        apart = (first != second).flatten()
-        # row (i, j): output i less output j
-        self.ratios = eye[first.flatten()[apart]] - eye[second.flatten()[apart]]
-        self.second = second.flatten()[apart]
+        eye = torch.eye(pair.d_out, dtype=torch.float64)
+        self.first, self.second = torch.triu_indices(pair.d_out, pair.d_out, 1)
+        self.pairs = eye[self.first] - eye[self.second]
         self.signed = torch.cat([eye, -eye])
 
     # ---- points ----
@@ -171,60 +180,74 @@ class _Search:
         if float(values[best]) > self.found:
             self.found, self.found_at = float(values[best]), x[best].clone()
 
-    def climb(self, boxes: Boxes, seed: int) -> None:
-        """Signed gradient ascent from random points and corners of the boxes."""
+    def start(self, boxes: Boxes, seed: int) -> None:
+        """Search from random points and corners of the boxes."""
         generator = torch.Generator().manual_seed(seed)
         which = torch.randint(len(boxes), (SEARCH_STARTS,), generator=generator)
         low, high = boxes.low[which], boxes.high[which]
         share = torch.rand(low.shape, generator=generator, dtype=torch.float64)
         share[::2] = share[::2].round()
-        x = low + share * (high - low)
+        self.climb(low + share * (high - low), low, high)
+
+    def climb(self, x: Float[Tensor, "n d_input"], low: Tensor, high: Tensor) -> None:
+        """Signed gradient ascent within [low, high], by smaller and smaller steps."""
         for step in range(SEARCH_STEPS):
             self.look(x)
-            x.requires_grad_()
-            (grad,) = torch.autograd.grad(self.values(x).sum(), x)
-            x = x.detach() + 0.25 * (1 - step / SEARCH_STEPS) * (high - low) * grad.sign()
+            x = x.detach().requires_grad_()
+            (grad,) = torch.autograd.grad(self._height(x).sum(), x)
+            x = x.detach() + 0.25 * (1 - step / SEARCH_STEPS) ** 2 * (high - low) * grad.sign()
             x = torch.minimum(torch.maximum(x, low), high)
         self.look(x)
+
+    def _height(self, x: Float[Tensor, "n d_input"]) -> Float[Tensor, " n"]:
+        """What is climbed: the quantity; of the KL the logarithm, by its second order where it is small.
+
+        A sure model leaves the KL flat, and the computed one 0.
+        """
+        values = self.values(x)
+        if self.quantity == "output" or self.pair.d_out == 1:
+            return values
+        log_p, d = F.log_softmax(self.pair.original.run(x), dim=1), self.pair.difference(x)
+        i, j = self.first, self.second
+        small = (log_p[:, i] + log_p[:, j] + 2 * ((d[:, i] - d[:, j]).abs() + 1e-30).log()).logsumexp(1)
+        return torch.where(values > SMALL_KL, values.clamp(min=SMALL_KL).log(), small)
 
     # ---- bounds ----
 
     @torch.no_grad()
-    def bound(self, boxes: Boxes) -> tuple[Float[Tensor, " box"], Float[Tensor, "box d_input"]]:
-        """A bound of the quantity over each box, and the linear form of the row that made it."""
+    def bound(self, boxes: Boxes) -> tuple[Float[Tensor, " box"], Int[Tensor, " box"]]:
+        """A bound of the quantity over each box, and the input to halve it along."""
         layers = layer_bounds(self.pair, boxes, pairing=self.pairing)
-        wanted = self.signed if self.quantity == "output" else self.ratios
-        if len(wanted) == 0:  # one output: a softmax over it says nothing
-            return torch.zeros(len(boxes), dtype=torch.float64), torch.zeros_like(boxes.low)
-        worst, forms = upper_bounds(self.pair, boxes, layers, Functional(torch.zeros_like(wanted), wanted))
-        most, row = worst.max(1)
-        form = forms[torch.arange(len(boxes)), row]
         if self.quantity == "output":
-            return most.clamp(min=0), form
-        rows, nothing = self.ratios, torch.zeros_like(self.ratios)
-        of_model, _ = upper_bounds(self.pair, boxes, layers, Functional(rows, nothing))
-        of_graph, _ = upper_bounds(self.pair, boxes, layers, Functional(rows, rows))
-        return self._kl(most.clamp(min=0), of_model, of_graph), form
+            worst, forms = upper_bounds(self.pair, boxes, layers, _of_difference(self.signed))
+            most, row = worst.max(1)
+            most, wanted = most.clamp(min=0), self.signed[row]
+        else:
+            most, wanted, forms, row = self._bound_kl(boxes, layers)
+        form = forms[torch.arange(len(boxes)), row]
+        self.look((boxes.low + boxes.high) / 2)
+        self.look(torch.where(form > 0, boxes.high, boxes.low))
+        blame = blame_inputs(self.pair, boxes, layers, _of_difference(wanted[:, None]))
+        return most, _which_input(boxes.high - boxes.low, blame, form)
 
-    def _kl(
-        self, spread: Float[Tensor, " box"], of_model: Float[Tensor, "box row"], of_graph: Float[Tensor, "box row"]
-    ) -> Float[Tensor, " box"]:
-        """A bound of the KL from those of all logit differences."""
-        sure = []
-        for worst in (of_model, of_graph):
-            # p(j) >= 1 / (1 + sum over i of exp(logit_i - logit_j))
-            against = worst.new_zeros(len(worst), self.pair.d_out)
-            sure.append(1 / (1 + against.index_add(1, self.second, worst.clamp(max=700).exp())))
-        rest = 1 - torch.minimum(*sure).amax(1)
-        variance = torch.where(rest < 0.5, rest * (1 - rest), 0.25)
-        return (1 + ROUNDING) * torch.minimum(spread, variance * spread.square() / 2) + ROUNDING
+    def _bound_kl(self, boxes: Boxes, layers: list[LayerBounds]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """(bounds, the differences that make them, linear forms of all rows, the row of that difference)."""
+        one, none = self.pairs, torch.zeros_like(self.pairs)
+        rows = Functional(torch.cat([none, none, one, -one, one, -one]), torch.cat([one, -one, none, none, one, -one]))
+        ends, forms = upper_bounds(self.pair, boxes, layers, rows)
+        up_d, low_d, up_b, low_b, up_a, low_a = ends.chunk(6, dim=1)
+        bounds = PairBounds(self.first, self.second, (-low_b, up_b), (-low_a, up_a), (-low_d, up_d))
+        most, parts = largest_kl(bounds, self.pair.d_out)
+        row = parts.argmax(1)
+        row = row + len(one) * (low_d > up_d).gather(1, row[:, None])[:, 0]
+        return (1 + ROUNDING) * most + ROUNDING, torch.cat([one, -one])[row], forms, row
 
     # ---- the search ----
 
     def run(self, boxes: Boxes, factor: float, limit: int, tolerance: float, progress: bool | None) -> BoxCertificate:
         """Split until the bound is good enough, or ``limit`` boxes were bounded."""
-        worst, form = self._bound_all(boxes)
-        unsplit, done, n_boxes = float(worst.max()), 0.0, len(boxes)
+        worst, cut = self._bound_all(boxes)
+        unsplit, done, n_boxes, searched = float(worst.max()), 0.0, len(boxes), BOXES_AT_ONCE
         by_intervals = self._by_intervals(boxes)
         with counter("branch and bound", -(-limit // BOXES_AT_ONCE), show=progress) as count:
             while True:
@@ -232,44 +255,71 @@ class _Search:
                 done = max(done, float(torch.where(is_open, 0.0, worst).max()))
                 if not bool(is_open.any()) or n_boxes >= limit:
                     break
-                boxes, worst, form = Boxes(boxes.low[is_open], boxes.high[is_open]), worst[is_open], form[is_open]
-                boxes, worst, form = self._split(boxes, worst, form)
-                n_boxes += min(BOXES_AT_ONCE, len(worst))
-                count()
+                boxes, worst, cut = _select(boxes, is_open), worst[is_open], cut[is_open]
+                if n_boxes >= searched:
+                    searched *= SEARCH_AGAIN
+                    self._search_worst(boxes, worst)
+                n = min(len(worst), max(BOXES_AT_ONCE // 2, len(worst) // ROUND_SHARE), -(-(limit - n_boxes) // 2))
+                boxes, worst, cut = self._split(boxes, worst, cut, n)
+                n_boxes += 2 * n
+                for _ in range(0, 2 * n, BOXES_AT_ONCE):
+                    count()
         bound, finished = max(done, float(worst.max())), not bool(is_open.any())
         return BoxCertificate(self.quantity, bound, self.found, self.found_at, unsplit, by_intervals, n_boxes, finished)
 
-    def _split(self, boxes: Boxes, worst: Tensor, form: Tensor) -> tuple[Boxes, Tensor, Tensor]:
-        """The boxes after those with the largest bounds were halved."""
-        picked = worst.topk(min(BOXES_AT_ONCE // 2, len(worst))).indices
-        halves = _halves(Boxes(boxes.low[picked], boxes.high[picked]), form[picked])
-        new, new_form = self._bound_all(halves)
+    def _search_worst(self, boxes: Boxes, worst: Tensor) -> None:
+        """Search from the centres of the boxes with the largest bounds, no farther than all open boxes reach."""
+        top = _select(boxes, worst.topk(min(len(worst), SEARCH_STARTS)).indices)
+        self.climb((top.low + top.high) / 2, top.low, top.high)
+
+    def _split(self, boxes: Boxes, worst: Tensor, cut: Tensor, n: int) -> tuple[Boxes, Tensor, Tensor]:
+        """The boxes after the n with the largest bounds were halved."""
+        picked = worst.topk(n).indices
+        halves = _halves(_select(boxes, picked), cut[picked])
+        new, new_cut = self._bound_all(halves)
         new = torch.minimum(new, worst[picked].repeat(2))  # a half is no worse than the whole
         rest = torch.ones(len(worst), dtype=torch.bool).index_fill_(0, picked, False)
         left = Boxes(torch.cat([boxes.low[rest], halves.low]), torch.cat([boxes.high[rest], halves.high]))
-        return left, torch.cat([worst[rest], new]), torch.cat([form[rest], new_form])
+        return left, torch.cat([worst[rest], new]), torch.cat([cut[rest], new_cut])
 
     def _bound_all(self, boxes: Boxes) -> tuple[Tensor, Tensor]:
-        """Bounds and linear forms of any number of boxes; their centres and best corners are tried as inputs."""
-        out = []
-        for low, high in zip(boxes.low.split(BOXES_AT_ONCE), boxes.high.split(BOXES_AT_ONCE), strict=True):
-            worst, form = self.bound(Boxes(low, high))
-            self.look((low + high) / 2)
-            self.look(torch.where(form > 0, high, low))
-            out.append((worst, form))
-        return torch.cat([worst for worst, _ in out]), torch.cat([form for _, form in out])
+        """:meth:`bound` of any number of boxes."""
+        if self.pair.d_out == 1 and self.quantity == "kl":  # a softmax over one output says nothing
+            return torch.zeros(len(boxes), dtype=torch.float64), torch.zeros(len(boxes), dtype=torch.long)
+        ends = zip(boxes.low.split(BOXES_AT_ONCE), boxes.high.split(BOXES_AT_ONCE), strict=True)
+        worst, cut = zip(*(self.bound(Boxes(low, high)) for low, high in ends), strict=True)
+        return torch.cat(worst), torch.cat(cut)
 
     def _by_intervals(self, boxes: Boxes) -> float:
         most = float(interval_bounds(self.pair, boxes).max())
         return most if self.quantity == "output" else min(2 * most, most**2 / 2)
 
 
-def _halves(boxes: Boxes, form: Float[Tensor, "box d_input"]) -> Boxes:
-    """Every box in two, lower halves first, cut where the linear form changes most."""
-    width = boxes.high - boxes.low
-    # an input that the form ignores may matter all the same, for the lines that made it
-    slope = form.abs() + 0.1 * form.abs().amax(1, keepdim=True) + 1e-30
-    cut = F.one_hot((slope * width).argmax(1), width.shape[1]).bool()
+def _of_difference(rows: Float[Tensor, "*box row d_out"]) -> Functional:
+    return Functional(torch.zeros_like(rows), rows)
+
+
+def _which_input(
+    width: Float[Tensor, "box d_input"], blame: Float[Tensor, "box d_input"], form: Float[Tensor, "box d_input"]
+) -> Int[Tensor, " box"]:
+    """The input with the largest sum of its shares in what is uncertain and in how far the bound's linear form moves.
+
+    The first alone never narrows small differences of graph and model; the second alone leaves uncertain neurons be.
+    Where there is neither, the widest.
+    """
+    first, second, third = (
+        t / t.sum(1, keepdim=True).clamp(min=torch.finfo(t.dtype).tiny) for t in (blame, form.abs() * width, width)
+    )
+    return (first + second + 0.01 * third).argmax(1)
+
+
+def _select(boxes: Boxes, which: Tensor) -> Boxes:
+    return Boxes(boxes.low[which], boxes.high[which])
+
+
+def _halves(boxes: Boxes, cut: Int[Tensor, " box"]) -> Boxes:
+    """Every box in two along one input, lower halves first."""
+    here = F.one_hot(cut, boxes.low.shape[1]).bool()
     middle = (boxes.low + boxes.high) / 2
-    low, high = torch.where(cut, middle, boxes.low), torch.where(cut, middle, boxes.high)
+    low, high = torch.where(here, middle, boxes.low), torch.where(here, middle, boxes.high)
     return Boxes(torch.cat([boxes.low, low]), torch.cat([high, boxes.high]))

@@ -13,6 +13,7 @@ from unweave.cli import types  # noqa: F401
 from unweave.cli import validate  # noqa: F401
 from unweave.cli import scrub  # noqa: F401
 from unweave.cli import audit  # noqa: F401
+from unweave.cli import certify  # noqa: F401
 from unweave.cli import report  # noqa: F401
 from unweave.cli import run  # noqa: F401
 from unweave.cli import serve  # noqa: F401
