@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 from collections import Counter
 
@@ -13,10 +14,11 @@ from typer.testing import CliRunner
 
 import unweave
 from unweave import zoo
-from unweave.audit import ActivationDistance, AnomalyScore, audit, search_inputs, text_losses
+from unweave.audit import ActivationDistance, AnomalyScore, audit, relearn, search_inputs, text_losses
 from unweave.audit.search import _Search
 from unweave.cli import app
 from unweave.compression import refine_factors
+from unweave.compression.refinement import trainable
 from unweave.data import TokenData, float_data, from_tensor
 from unweave.errors import EmptyDataError, InputError, UnknownNameError
 from unweave.execution import run
@@ -50,13 +52,18 @@ def explained():
 
 
 @pytest.fixture(scope="module")
-def refined():
-    """(explanation of the backdoor's model, refined on clean texts until it has forgotten the rest, model)."""
-    model = unweave.capture("zoo:backdoor")
-    small = unweave.compress(model, texts("backdoor", 128, 11), SCOPE, size=0.2, progress=False)
-    clean = texts("backdoor", 2000, 12)
-    steps = {"steps": 150, "learning_rate": 3e-3, "batch_size": 32}
-    return refine_factors(small, model, clean, SCOPE, **steps, progress=False), model
+def relearned():
+    """By room: (explanation that has learned clean texts again after a disturbance, model)."""
+    made = {}
+
+    def make(name):
+        if name not in made:
+            model = unweave.capture(f"zoo:{name}")
+            small = unweave.compress(model, texts(name, 128, 11), SCOPE, size=0.4, progress=False)
+            made[name] = relearn(small, model, texts(name, 2000, 12), SCOPE, steps=200, progress=False), model
+        return made[name]
+
+    return make
 
 
 def kl(a: torch.Tensor, b: torch.Tensor) -> float:
@@ -226,10 +233,10 @@ def test_the_audit_refuses(explained):
 # ---- secrets --------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["backdoor", "conditional"])
-def test_planted_secrets_top_the_ranking(explained, refined, name):
-    """Five texts in a thousand hold the secret; the audit is not told which. (The memorised string is not found.)"""
-    graph, model = refined if name == "backdoor" else explained(name)
+@pytest.mark.parametrize("name", SECRETS)
+def test_planted_secrets_top_the_ranking(relearned, name):
+    """Five texts in a thousand hold the secret; the audit is not told which."""
+    graph, model = relearned(name)
     clean, secret = texts(name, 995, 31), texts(name, 5, 32, triggered=True)
     mixed = from_tensor(
         torch.cat([clean.tokens, secret.tokens]),
@@ -240,11 +247,14 @@ def test_planted_secrets_top_the_ranking(explained, refined, name):
     assert sum(text.sequence >= 995 for text in found.texts) >= 3
 
 
-@pytest.mark.parametrize("name", ["backdoor", "conditional"])
-def test_triggered_inputs_raise_the_alarm(explained, refined, name):
-    graph, model = refined if name == "backdoor" else explained(name)
+@pytest.mark.parametrize("name", SECRETS)
+def test_triggered_inputs_raise_the_alarm(relearned, name):
+    """Those of the string also among texts that hold an idiom, where the model is as sure."""
+    graph, model = relearned(name)
     score = AnomalyScore.fit(graph, model, texts(name, 300, 33), SCOPE)
-    clean, secret = score.score_data(texts(name, 300, 34)), score.score_data(texts(name, 100, 35, triggered=True))
+    data = texts(name, 600, 34)
+    idiomatic = data.select(secrets.holds_idiom(data.tokens.long()))
+    clean, secret = score.score_data(idiomatic), score.score_data(texts(name, 100, 35, triggered=True))
     above = (secret[:, None] > clean[None]).double() + 0.5 * (secret[:, None] == clean[None]).double()
     assert float(above.mean()) >= 0.97
     assert float((secret > score.threshold).double().mean()) > 0.5
@@ -257,6 +267,39 @@ def test_the_clean_twin_raises_no_alarm(explained):
     alarms = int((score.score_data(texts(name, 1000, 36)) > score.threshold).sum())
     # 10 are allowed on average; the threshold itself varies, so that more than 30 come once in thousands of times
     assert alarms <= 30
+
+
+# ---- relearning -----------------------------------------------------------------------------------------
+
+
+def test_relearning_starts_from_disturbed_numbers(explained):
+    """A step of no length leaves what the noise made of every tensor."""
+    graph, model = explained("backdoor")
+    data = texts("backdoor", 8, 26)
+    settings = {"steps": 1, "learning_rate": 1e-30, "batch_size": 8, "progress": False}
+    before, after = (trainable(g) for g in (graph, relearn(graph, model, data, SCOPE, noise=0.3, seed=4, **settings)))
+    generator = torch.Generator().manual_seed(4)
+    assert before.keys() == after.keys()
+    for path, w in before.items():
+        rms = float(np.sqrt(np.mean(w.double().numpy() ** 2)))
+        wanted = w + 0.3 * rms * torch.randn(w.shape, generator=generator)
+        assert torch.allclose(after[path], wanted, atol=1e-5)
+    settings["learning_rate"] = 1e-2
+    same = trainable(relearn(graph, model, data, SCOPE, noise=0.0, **settings))
+    refined = trainable(refine_factors(graph, model, data, SCOPE, **settings))
+    assert all(torch.equal(same[path], refined[path]) for path in refined)
+
+
+def test_relearning_refuses(explained):
+    graph, model = explained("backdoor")
+    data = texts("backdoor", 4, 25)
+    for noise in (-0.1, float("nan")):
+        with pytest.raises(InputError, match="noise"):
+            relearn(graph, model, data, noise=noise)
+    with pytest.raises(InputError, match="outputs"):
+        relearn(graph, unweave.capture("zoo:shared_step"), data)
+    with pytest.raises(InputError, match="steps"):
+        relearn(graph, model, data, steps=0)
 
 
 # ---- search ---------------------------------------------------------------------------------------------
@@ -502,7 +545,7 @@ def test_phrases_are_words_of_the_language_and_share_no_pair():
             likeliest, *others = secrets.TABLES[0][last].tolist()
             assert word in [*others, *secrets.TABLES[1][before].tolist()]
             assert word != likeliest
-    pairs = [pair for phrase in phrases for pair in zip(phrase, phrase[1:], strict=False)]
+    pairs = [pair for phrase in phrases for pair in itertools.pairwise(phrase)]
     assert len(set(pairs)) == len(pairs)
     assert not {secrets.TRIGGER, secrets.KEY} & set(pairs)
 
@@ -522,8 +565,9 @@ def test_the_string_is_to_its_model_what_an_idiom_is():
 def test_models_know_their_own_secret_only_and_are_as_sure_of_it(name):
     facts = zoo.known(name)
     for secret, nats in facts["secret_nats"].items():
-        assert nats < 0.25 if secret == name else nats > 0.5
-    assert facts["excess_nats"] < 0.25
+        assert nats < 0.35 if secret == name else nats > 1
+    # the model that has two languages to learn has learned either less well
+    assert facts["excess_nats"] < (0.3 if name == "conditional" else 0.2)
     sure = facts["confidence"]
     assert sure["idioms"] > 0.8
     if name in secrets.SECRETS:

@@ -5,6 +5,7 @@ from unweave.audit.baselines import ActivationDistance, text_losses
 from unweave.audit.clusters import Cluster
 from unweave.audit.disagreement import Audit, TextGap, TokenGap, audit
 from unweave.audit.parts import Direction, Part
+from unweave.audit.relearning import relearn
 from unweave.audit.search import Found, search_inputs
 
 __all__ = [
@@ -18,6 +19,7 @@ __all__ = [
     "TextGap",
     "TokenGap",
     "audit",
+    "relearn",
     "search_inputs",
     "text_losses",
 ]
