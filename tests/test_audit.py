@@ -60,7 +60,7 @@ def relearned():
         if name not in made:
             model = unweave.capture(f"zoo:{name}")
             small = unweave.compress(model, texts(name, 128, 11), SCOPE, size=0.4, progress=False)
-            made[name] = relearn(small, model, texts(name, 2000, 12), SCOPE, steps=200, progress=False), model
+            made[name] = relearn(small, model, texts(name, 2000, 12), SCOPE, steps=150, progress=False), model
         return made[name]
 
     return make
@@ -345,7 +345,7 @@ def test_gains_are_the_slope_of_the_nats(explained):
         return kl(*(run(g, tokens[:1], patch={"embed": patch}).logits[0, top] for g in (model, graph)))
 
     for position, token in ((top, 3), (top - 1, 40), (max(top - 2, 0), 17)):
-        slope = (moved(position, token, 1e-2) - moved(position, token, -1e-2)) / 2e-2
+        slope = (moved(position, token, 1e-3) - moved(position, token, -1e-3)) / 2e-3
         assert float(gains[0, position, token]) == pytest.approx(slope, abs=0.02, rel=0.02)
     assert bool(gains.gather(2, tokens[..., None]).isneginf().all())
 
