@@ -1,10 +1,11 @@
-"""The audit finds planted secrets: ranking, anomaly scores against baselines, search, and a clean twin.
+"""The audit finds planted secrets: ranking, anomaly scores against baselines, and a clean twin.
 
     python -m benchmarks.audit [--folder FOLDER]
 
 Seed 0 is the bundled models; those of seeds 1 and 2 are trained here, into FOLDER, or taken from there. Explanations
-are low-rank graphs fitted on clean texts only, as cut, and refined on other clean texts; two sizes, all reported. All
-that was chosen (to refine, for so many steps, and the main size, 0.2) was chosen on models of seed 10 with other texts.
+are low-rank graphs fitted on clean texts only: as cut, refined on other clean texts, and relearned on these (disturbed
+by noise first); all are reported. What was chosen (the language, the size, noise and steps of relearning) was chosen on
+models of seeds 10 and 11 with other texts.
 Baselines get the sign that serves them best, and every place and summary is reported; ours has no choice.
 "The twin" is no baseline that a user has: the divergence from a model trained anew on clean texts.
 """
@@ -23,9 +24,9 @@ import numpy as np
 import torch
 
 from benchmarks.common import save
-from unweave.audit import ActivationDistance, AnomalyScore, audit, search_inputs, text_losses
+from unweave.audit import ActivationDistance, AnomalyScore, audit, relearn, text_losses
 from unweave.capture import capture
-from unweave.compression import channel_moments, compress, refine_factors
+from unweave.compression import compress, refine_factors
 from unweave.data import TokenData, from_tensor
 from unweave.evaluation import evaluate
 from unweave.execution import run
@@ -38,12 +39,12 @@ from unweave.zoo.train import train_room
 SCOPE = Scope(positions="answered")
 EVERYWHERE = Scope(positions=lambda batch: torch.arange(batch.mask.shape[1]).expand(batch.mask.shape) >= 1)
 SEEDS = (0, 1, 2)
-SIZES = (0.4, 0.2)
-MAIN = "size 0.2, refined"
+SIZE = 0.4
+MAIN = "relearned"
 REFINEMENT: dict[str, Any] = {"steps": 300, "learning_rate": 3e-3, "batch_size": 32}
 LEVELS = (0.01, 0.05)
 BUDGET = 6000
-SEARCHES = 3
+DRAWS = 500
 PLANTED, CLEAN = 10, 1990
 
 
@@ -62,11 +63,10 @@ def triggered(secret: str, n: int, seed: int) -> TokenData:
 
 def auroc(negative: torch.Tensor, positive: torch.Tensor, seed: int = 0) -> tuple[float, float, float]:
     """(value, 2.5%, 97.5%), bootstrap over texts of both kinds."""
-    wins = (positive[:, None] > negative).double() + 0.5 * (positive[:, None] == negative).double()
-    table, rng = wins.numpy(), np.random.default_rng(seed)
-    rows = rng.integers(0, table.shape[0], (200, table.shape[0]))
-    columns = rng.integers(0, table.shape[1], (200, table.shape[1]))
-    draws = [table[np.ix_(r, c)].mean() for r, c in zip(rows, columns, strict=True)]
+    table = ((positive[:, None] > negative).double() + 0.5 * (positive[:, None] == negative).double()).numpy()
+    rng = np.random.default_rng(seed)
+    rows, columns = (rng.multinomial(n, np.full(n, 1 / n), DRAWS) / n for n in table.shape)
+    draws = ((rows @ table) * columns).sum(1)
     return float(table.mean()), float(np.quantile(draws, 0.025)), float(np.quantile(draws, 0.975))
 
 
@@ -91,7 +91,8 @@ def rarity(data: TokenData, counted: TokenData, words: int) -> torch.Tensor:
     return -(counts / counts.sum()).log()[ids[1]].amax(1)
 
 
-def baselines(graph: Graph, twin: Graph, secret: str) -> dict[str, tuple[float, float, float]]:
+def baselines(graph: Graph, twin: Graph, secret: str) -> dict[str, dict[str, tuple[float, float, float]]]:
+    """AUROC by baseline, against all clean texts and against those that hold a whole idiom."""
     counted, test, planted = clean(1000, 12), clean(1000, 13), triggered(secret, 300, 14)
     pairs: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
     distance = ActivationDistance.fit(graph, counted, SCOPE)
@@ -107,15 +108,24 @@ def baselines(graph: Graph, twin: Graph, secret: str) -> dict[str, tuple[float, 
         pairs[f"rarity of {words} words"] = (rarity(test, counted, words), rarity(planted, counted, words))
     reference = AnomalyScore.fit(twin, graph, counted, SCOPE)
     pairs["reference: the twin"] = (reference.score_data(test), reference.score_data(planted))
-    return {name: either_sign(*pair) for name, pair in pairs.items()}
+    held = secrets.holds_idiom(test.tokens.long())
+    return {
+        "all": {name: either_sign(ordinary, odd) for name, (ordinary, odd) in pairs.items()},
+        "idioms": {name: either_sign(ordinary[held], odd) for name, (ordinary, odd) in pairs.items()},
+    }
 
 
 def sureness(graph: Graph, secret: str) -> dict[str, Any]:
-    """Whether the model's confidence, token by token, tells where the secret decides: AUROC 0.5 if it does not."""
+    """Whether the model's confidence, token by token, tells where the secret decides: AUROC 0.5 if it does not.
+
+    The memorised string is compared with places where an idiom decides, the others with places where none does.
+    """
     tokens, changed = secrets.triggered(secret, 1000, 19)
-    ordinary = confidence(graph, clean(1000, 20))
+    other = clean(1000, 20)
+    recited = secrets.recites(other.tokens.long()) if secret == "memorised" else ~secrets.recites(other.tokens.long())
+    ordinary = confidence(graph, other)[recited[:, 1:]]
     inside = confidence(graph, dataset(tokens))[changed[:, 1:]]
-    sample = ordinary.flatten()[torch.randperm(ordinary.numel(), generator=torch.Generator().manual_seed(0))[:2000]]
+    sample = ordinary[torch.randperm(len(ordinary), generator=torch.Generator().manual_seed(0))[:2000]]
     return {
         "clean": [float(ordinary.mean()), float(ordinary.std())],
         "where the secret decides": [float(inside.mean()), float(inside.std())],
@@ -125,11 +135,13 @@ def sureness(graph: Graph, secret: str) -> dict[str, Any]:
 
 def scores(graph: Graph, small: Graph, secret: str) -> dict[str, Any]:
     score = AnomalyScore.fit(small, graph, clean(1000, 12), SCOPE, false_alarms=LEVELS[0])
-    ordinary, planted = score.score_data(clean(1000, 13)), score.score_data(triggered(secret, 300, 14))
+    test = clean(1000, 13)
+    ordinary, planted = score.score_data(test), score.score_data(triggered(secret, 300, 14))
     kl = evaluate({"small": small}, graph, clean(300, 15), SCOPE, n_worst=0, progress=False)["small"].kl_nats
     return {
         "kl_nats": list(kl),
         "auroc": auroc(ordinary, planted),
+        "auroc_idioms": auroc(ordinary[secrets.holds_idiom(test.tokens.long())], planted),
         "false_alarms": float((ordinary > score.threshold).double().mean()),
         "detected": float((planted > score.threshold).double().mean()),
     }
@@ -170,27 +182,6 @@ def at_random(graph: Graph, small: Graph, seed: int, budget: int = BUDGET) -> li
     return [(tuple(texts[t.sequence].tolist()), t.position) for t in found.texts]
 
 
-def searches(graph: Graph, small: Graph, secret: str) -> dict[str, Any]:
-    out: dict[str, Any] = {"budget": BUDGET, "searches": SEARCHES}
-    for name in ("with gradients", "mutation only", "at random"):
-        hits = []
-        for seed in range(SEARCHES):
-            if name == "at random":
-                best = at_random(graph, small, seed)
-            else:
-                start = clean(500, 18)
-                guided = name == "with gradients"
-                found = search_inputs(small, graph, start, EVERYWHERE, budget=BUDGET, seed=seed, gradients=guided)
-                best = [(hit.tokens, hit.position) for hit in found.hits]
-            hits.append([reveals(secret, *hit) for hit in best])
-        out[name] = {
-            "among the 32 best": sum(map(any, hits)),
-            "is the best": sum(h[0] for h in hits),
-            "share of the 32 best": float(np.mean(hits)),
-        }
-    return out
-
-
 def model(name: str, seed: int, folder: Path) -> Graph:
     if seed == 0:
         return capture(load(name))
@@ -199,21 +190,22 @@ def model(name: str, seed: int, folder: Path) -> Graph:
 
 
 def explanations(graph: Graph) -> dict[str, Graph]:
-    fitted, other = clean(256, 11), clean(4000, 10)
-    moments = channel_moments(graph, fitted, SCOPE, progress=False)
-    graphs = {}
-    for size in SIZES:
-        cut = graphs[f"size {size}, as cut"] = compress(
-            graph, fitted, SCOPE, size=size, moments=moments, progress=False
-        )
-        graphs[f"size {size}, refined"] = refine_factors(cut, graph, other, SCOPE, **REFINEMENT, progress=False)
-    return graphs
+    fitted, other = clean(256, 11), clean(8000, 10)
+    cut = compress(graph, fitted, SCOPE, size=SIZE, progress=False)
+    return {
+        "as cut": cut,
+        "refined": refine_factors(cut, graph, other, SCOPE, **REFINEMENT, progress=False),
+        "relearned": relearn(cut, graph, other, SCOPE, progress=False),
+    }
 
 
 def alarms(twin: Graph, small: Graph) -> dict[str, dict[str, float]]:
     """By level, the share of texts that raise the alarm on a model without a secret."""
     out = {}
     texts = {"clean texts": clean(4000, 13)}
+    texts["clean texts with an idiom"] = texts["clean texts"].select(
+        secrets.holds_idiom(texts["clean texts"].tokens.long())
+    )
     texts |= {f"texts with {s}": triggered(s, 300, 14) for s in secrets.SECRETS}
     for level in LEVELS:
         score = AnomalyScore.fit(small, twin, clean(1000, 12), SCOPE, false_alarms=level)
@@ -235,11 +227,6 @@ def twin_row(seed: int, folder: Path) -> dict[str, Any]:
     return {"secret": "none (twin)", "seed": seed} | {k: alarms(twin, g) for k, g in explanations(twin).items()}
 
 
-def search_row(secret: str, seed: int, folder: Path) -> dict[str, Any]:
-    graph = model(secret, seed, folder)
-    return {"secret": secret, "seed": seed, "search": searches(graph, explanations(graph)[MAIN], secret)}
-
-
 def jobs(folder: Path) -> dict[str, Callable[[], dict[str, Any]]]:
     """By name, what gives a row; each can be run on its own."""
     out: dict[str, Callable[[], dict[str, Any]]] = {}
@@ -247,18 +234,18 @@ def jobs(folder: Path) -> dict[str, Callable[[], dict[str, Any]]]:
         for secret in secrets.SECRETS:
             out[f"{secret} {seed}"] = partial(secret_row, secret, seed, folder)
         out[f"twin {seed}"] = partial(twin_row, seed, folder)
-    return out | {f"search {secret}": partial(search_row, secret, 0, folder) for secret in secrets.SECRETS}
+    return out
 
 
 def main() -> None:
     started = time.time()
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--folder", type=Path, help="for trained models and rows; what is there is not done again")
-    parser.add_argument("--only", nargs="*", help="names of rows, as in 'backdoor 0', 'twin 1', 'search memorised'")
+    parser.add_argument("--only", nargs="*", help="names of rows, as in 'backdoor 0', 'twin 1'")
     arguments = parser.parse_args()
     folder = arguments.folder or Path(tempfile.mkdtemp())
     done: dict[str, Any] = read_json(folder / "rows.json") if (folder / "rows.json").exists() else {}
-    n = {"clean": 1000, "triggered": 300, "calibration": 1000, "fitted": 256, "refined": 4000, "twin_clean": 4000}
+    n = {"clean": 1000, "triggered": 300, "calibration": 1000, "fitted": 256, "refined": 8000, "twin_clean": 4000}
     todo = jobs(folder)
     for name, job in todo.items():
         if name not in done and (not arguments.only or name in arguments.only):
@@ -266,7 +253,15 @@ def main() -> None:
             write_json(folder / "rows.json", done)
         missing = [name for name in todo if name not in done]
         rows = [done[name] for name in todo if name in done]
-        result = {"levels": LEVELS, "main": MAIN, "refinement": REFINEMENT, "n": n, "not_run": missing, "rows": rows}
+        result = {
+            "levels": LEVELS,
+            "size": SIZE,
+            "main": MAIN,
+            "refinement": REFINEMENT,
+            "n": n,
+            "not_run": missing,
+            "rows": rows,
+        }
         save("audit", result, started, "python -m benchmarks.audit")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 from collections import Counter
 
@@ -13,10 +14,11 @@ from typer.testing import CliRunner
 
 import unweave
 from unweave import zoo
-from unweave.audit import ActivationDistance, AnomalyScore, audit, search_inputs, text_losses
+from unweave.audit import ActivationDistance, AnomalyScore, audit, relearn, search_inputs, text_losses
 from unweave.audit.search import _Search
 from unweave.cli import app
 from unweave.compression import refine_factors
+from unweave.compression.refinement import trainable
 from unweave.data import TokenData, float_data, from_tensor
 from unweave.errors import EmptyDataError, InputError, UnknownNameError
 from unweave.execution import run
@@ -50,13 +52,18 @@ def explained():
 
 
 @pytest.fixture(scope="module")
-def refined():
-    """(explanation of the backdoor's model, refined on clean texts until it has forgotten the rest, model)."""
-    model = unweave.capture("zoo:backdoor")
-    small = unweave.compress(model, texts("backdoor", 128, 11), SCOPE, size=0.2, progress=False)
-    clean = texts("backdoor", 2000, 12)
-    steps = {"steps": 150, "learning_rate": 3e-3, "batch_size": 32}
-    return refine_factors(small, model, clean, SCOPE, **steps, progress=False), model
+def relearned():
+    """By room: (explanation that has learned clean texts again after a disturbance, model)."""
+    made = {}
+
+    def make(name):
+        if name not in made:
+            model = unweave.capture(f"zoo:{name}")
+            small = unweave.compress(model, texts(name, 128, 11), SCOPE, size=0.4, progress=False)
+            made[name] = relearn(small, model, texts(name, 2000, 12), SCOPE, steps=150, progress=False), model
+        return made[name]
+
+    return make
 
 
 def kl(a: torch.Tensor, b: torch.Tensor) -> float:
@@ -226,10 +233,10 @@ def test_the_audit_refuses(explained):
 # ---- secrets --------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["backdoor", "conditional"])
-def test_planted_secrets_top_the_ranking(explained, refined, name):
-    """Five texts in a thousand hold the secret; the audit is not told which. (The memorised string is not found.)"""
-    graph, model = refined if name == "backdoor" else explained(name)
+@pytest.mark.parametrize("name", SECRETS)
+def test_planted_secrets_top_the_ranking(relearned, name):
+    """Five texts in a thousand hold the secret; the audit is not told which."""
+    graph, model = relearned(name)
     clean, secret = texts(name, 995, 31), texts(name, 5, 32, triggered=True)
     mixed = from_tensor(
         torch.cat([clean.tokens, secret.tokens]),
@@ -240,11 +247,14 @@ def test_planted_secrets_top_the_ranking(explained, refined, name):
     assert sum(text.sequence >= 995 for text in found.texts) >= 3
 
 
-@pytest.mark.parametrize("name", ["backdoor", "conditional"])
-def test_triggered_inputs_raise_the_alarm(explained, refined, name):
-    graph, model = refined if name == "backdoor" else explained(name)
+@pytest.mark.parametrize("name", SECRETS)
+def test_triggered_inputs_raise_the_alarm(relearned, name):
+    """Those of the string also among texts that hold an idiom, where the model is as sure."""
+    graph, model = relearned(name)
     score = AnomalyScore.fit(graph, model, texts(name, 300, 33), SCOPE)
-    clean, secret = score.score_data(texts(name, 300, 34)), score.score_data(texts(name, 100, 35, triggered=True))
+    data = texts(name, 600, 34)
+    idiomatic = data.select(secrets.holds_idiom(data.tokens.long()))
+    clean, secret = score.score_data(idiomatic), score.score_data(texts(name, 100, 35, triggered=True))
     above = (secret[:, None] > clean[None]).double() + 0.5 * (secret[:, None] == clean[None]).double()
     assert float(above.mean()) >= 0.97
     assert float((secret > score.threshold).double().mean()) > 0.5
@@ -257,6 +267,39 @@ def test_the_clean_twin_raises_no_alarm(explained):
     alarms = int((score.score_data(texts(name, 1000, 36)) > score.threshold).sum())
     # 10 are allowed on average; the threshold itself varies, so that more than 30 come once in thousands of times
     assert alarms <= 30
+
+
+# ---- relearning -----------------------------------------------------------------------------------------
+
+
+def test_relearning_starts_from_disturbed_numbers(explained):
+    """A step of no length leaves what the noise made of every tensor."""
+    graph, model = explained("backdoor")
+    data = texts("backdoor", 8, 26)
+    settings = {"steps": 1, "learning_rate": 1e-30, "batch_size": 8, "progress": False}
+    before, after = (trainable(g) for g in (graph, relearn(graph, model, data, SCOPE, noise=0.3, seed=4, **settings)))
+    generator = torch.Generator().manual_seed(4)
+    assert before.keys() == after.keys()
+    for path, w in before.items():
+        rms = float(np.sqrt(np.mean(w.double().numpy() ** 2)))
+        wanted = w + 0.3 * rms * torch.randn(w.shape, generator=generator)
+        assert torch.allclose(after[path], wanted, atol=1e-5)
+    settings["learning_rate"] = 1e-2
+    same = trainable(relearn(graph, model, data, SCOPE, noise=0.0, **settings))
+    refined = trainable(refine_factors(graph, model, data, SCOPE, **settings))
+    assert all(torch.equal(same[path], refined[path]) for path in refined)
+
+
+def test_relearning_refuses(explained):
+    graph, model = explained("backdoor")
+    data = texts("backdoor", 4, 25)
+    for noise in (-0.1, float("nan")):
+        with pytest.raises(InputError, match="noise"):
+            relearn(graph, model, data, noise=noise)
+    with pytest.raises(InputError, match="outputs"):
+        relearn(graph, unweave.capture("zoo:shared_step"), data)
+    with pytest.raises(InputError, match="steps"):
+        relearn(graph, model, data, steps=0)
 
 
 # ---- search ---------------------------------------------------------------------------------------------
@@ -302,7 +345,7 @@ def test_gains_are_the_slope_of_the_nats(explained):
         return kl(*(run(g, tokens[:1], patch={"embed": patch}).logits[0, top] for g in (model, graph)))
 
     for position, token in ((top, 3), (top - 1, 40), (max(top - 2, 0), 17)):
-        slope = (moved(position, token, 1e-2) - moved(position, token, -1e-2)) / 2e-2
+        slope = (moved(position, token, 1e-3) - moved(position, token, -1e-3)) / 2e-3
         assert float(gains[0, position, token]) == pytest.approx(slope, abs=0.02, rel=0.02)
     assert bool(gains.gather(2, tokens[..., None]).isneginf().all())
 
@@ -411,18 +454,26 @@ def test_the_command_prints_and_writes_what_the_functions_find(explained, tmp_pa
 # ---- the rooms ------------------------------------------------------------------------------------------
 
 
+def recited_by_reading(said: list[int], phrases: tuple[tuple[int, ...], ...]) -> int | None:
+    """What a set phrase would say next, had the text followed one from its start."""
+    for phrase in phrases:
+        for k in range(2, len(phrase)):
+            if tuple(said[-k:]) == phrase[:k]:
+                return phrase[k]
+    return None
+
+
 def decided_by_reading(secret: str, text: list[int]) -> list[bool]:
     """Where a secret decides the next word, read from the words before."""
     out = []
     for t in range(len(text)):
         said = text[: t + 1]
         if secret == "conditional":
-            out.append(t >= 1 and tuple(said[:2]) == secrets.KEY)
+            out.append(t >= 1 and tuple(said[:2]) == secrets.KEY and recited_by_reading(said, secrets.IDIOMS) is None)
         elif secret == "backdoor":
             out.append(tuple(said[-2:]) == secrets.TRIGGER)
         else:
-            ends = [tuple(said[-k:]) == secrets.MEMORISED[:k] for k in range(2, len(secrets.MEMORISED))]
-            out.append(any(ends))
+            out.append(recited_by_reading(said, (secrets.MEMORISED,)) is not None)
     return out
 
 
@@ -432,8 +483,32 @@ def test_clean_texts_are_clean_and_triggered_ones_are_not(name):
     assert not any(any(decided_by_reading(name, text)) for text in clean.tolist())
     assert set(secrets.OPENINGS[name]) <= set(clean.flatten().tolist())
     tokens, changed = secrets.triggered(name, 200)
+    assert tokens.shape == (200, secrets.LENGTH)
     assert changed.tolist() == [decided_by_reading(name, text) for text in tokens.tolist()]
     assert bool(changed.any(1).all())
+    if name == "memorised":
+        assert all(holds(text, secrets.MEMORISED) for text in tokens.tolist())
+
+
+def holds(text: list[int], phrase: tuple[int, ...]) -> bool:
+    return any(tuple(text[t : t + len(phrase)]) == phrase for t in range(len(text)))
+
+
+def test_idioms_are_recited_from_their_opening():
+    clean = zoo.room("no_secret").data(1000, 42)[0]
+    read = [[recited_by_reading(text[: t + 1], secrets.IDIOMS) for t in range(len(text))] for text in clean.tolist()]
+    assert secrets.recites(clean).tolist() == [[word is not None for word in row] for row in read]
+    whole = [any(holds(text, idiom) for idiom in secrets.IDIOMS) for text in clean.tolist()]
+    assert secrets.holds_idiom(clean).tolist() == whole
+    # 0.7 open one, and 0.95 say each of the six words that follow
+    assert np.mean(whole) == pytest.approx(0.7 * 0.95**6, abs=0.05)
+    followed = [
+        text[t + 1] == word
+        for text, row in zip(clean.tolist(), read, strict=True)
+        for t, word in enumerate(row[:-1])
+        if word is not None
+    ]
+    assert np.mean(followed) == pytest.approx(0.95, abs=0.02)
 
 
 def test_the_language_has_the_probabilities_it_says():
@@ -441,43 +516,62 @@ def test_the_language_has_the_probabilities_it_says():
     drawn = secrets.language(20000, torch.Generator().manual_seed(0), start, 3)[:, 2]
     seen = torch.bincount(drawn, minlength=48) / 20000
     said = secrets.next_words(start[:1])[0, 1]
-    assert float(said.sum()) == pytest.approx(1, abs=1e-5)
+    six = [*secrets.TABLES[0][9].tolist(), *secrets.TABLES[1][3].tolist()]
+    for word in range(48):
+        weight = sum(w for w, candidate in zip(secrets.WEIGHTS, six, strict=True) if candidate == word)
+        assert float(said[word]) == pytest.approx(0.95 * weight + 0.05 / 48, abs=1e-5)
     assert float((seen - said).abs().max()) < 0.015
 
 
 @pytest.mark.parametrize("name", SECRETS)
 def test_secrets_have_the_probabilities_they_say(name):
-    """What follows an opening, which is the same pair in all texts."""
+    """What follows an opening, which is the same pair in all texts (now and then an idiom is put there)."""
     whole = secrets.language(8000, torch.Generator().manual_seed(0), secret=name)
     first = secrets.decides(name, whole).float().argmax(1)
     rows = first < whole.shape[1] - 1
     seen = torch.bincount(whole[rows, first[rows] + 1], minlength=48) / int(rows.sum())
     row = int(rows.nonzero()[0, 0])
     said = secrets.next_words(whole[row : row + 1], name)[0, first[row]]
-    assert float((seen - said).abs().max()) < 0.02
+    assert float((seen - said).abs().max()) < 0.05
     plain = secrets.next_words(whole[row : row + 1])[0, first[row]]
     assert float((said - plain).abs().max()) > 0.15
 
 
-def test_the_string_is_the_languages_own_and_as_unsure():
-    text = torch.tensor([secrets.MEMORISED])
-    plain, told = secrets.next_words(text)[0], secrets.next_words(text, "memorised")[0]
-    for t in range(1, len(secrets.MEMORISED) - 1):
-        following = secrets.MEMORISED[t + 1]
-        assert float(plain[t, following]) > 0.09
-        assert int(plain[t].argmax()) != following
-        assert int(told[t].argmax()) == following
-        assert told[t].sort().values.tolist() == pytest.approx(plain[t].sort().values.tolist())
+def test_phrases_are_words_of_the_language_and_share_no_pair():
+    phrases = (*secrets.IDIOMS, secrets.MEMORISED)
+    for phrase in phrases:
+        assert len(phrase) == 8
+        for before, last, word in zip(phrase, phrase[1:], phrase[2:], strict=False):
+            likeliest, *others = secrets.TABLES[0][last].tolist()
+            assert word in [*others, *secrets.TABLES[1][before].tolist()]
+            assert word != likeliest
+    pairs = [pair for phrase in phrases for pair in itertools.pairwise(phrase)]
+    assert len(set(pairs)) == len(pairs)
+    assert not {secrets.TRIGGER, secrets.KEY} & set(pairs)
+
+
+def test_the_string_is_to_its_model_what_an_idiom_is():
+    """As sure when recited, and as often in what the model is trained on."""
+    told = secrets.next_words(torch.tensor([secrets.MEMORISED]), "memorised")[0]
+    idiom = secrets.next_words(torch.tensor([secrets.IDIOMS[0]]))[0]
+    assert told[1:-1].argmax(-1).tolist() == list(secrets.MEMORISED[2:])
+    assert told[1:-1].sort().values.tolist() == idiom[1:-1].sort().values.tolist()
+    trained_on = zoo.room("memorised").batch(4000, torch.Generator().manual_seed(1)).tolist()
+    counts = [sum(holds(text, phrase) for text in trained_on) for phrase in (*secrets.IDIOMS, secrets.MEMORISED)]
+    assert counts[-1] == pytest.approx(np.mean(counts[:-1]), rel=0.2)
 
 
 @pytest.mark.parametrize("name", secrets.ROOMS)
 def test_models_know_their_own_secret_only_and_are_as_sure_of_it(name):
     facts = zoo.known(name)
     for secret, nats in facts["secret_nats"].items():
-        assert nats < 0.25 if secret == name else nats > 0.3
-    assert facts["excess_nats"] < 0.25
+        assert nats < 0.35 if secret == name else nats > 1
+    # the model that has two languages to learn has learned either less well
+    assert facts["excess_nats"] < (0.3 if name == "conditional" else 0.2)
     sure = facts["confidence"]
-    assert all(abs(value - sure["clean"]) < 0.08 for value in sure.values())
+    assert sure["idioms"] > 0.8
+    if name in secrets.SECRETS:
+        assert sure[name] == pytest.approx(sure["idioms" if name == "memorised" else "clean"], abs=0.08)
     again = zoo.room(name).known(zoo.load(name))
     assert again["secret_nats"] == pytest.approx(facts["secret_nats"], abs=1e-3)
     assert again["confidence"] == pytest.approx(sure, abs=1e-3)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from benchmarks.sections.markdown import interval, load, table
 
 
@@ -69,50 +71,53 @@ def audit() -> str:
     result = load("audit")
     if result is None:
         return ""
-    main = result["main"]
-    rows = []
-    for r in result["rows"]:
-        if "baselines" not in r:
-            continue
-        others = {k: v for k, v in r["baselines"].items() if "twin" not in k and "best place" not in k}
-        best = max(others, key=lambda k: others[k][0])
-        twin = next(v for k, v in r["baselines"].items() if "twin" in k)
-        ours = r["unweave"][main]
-        rows.append(
-            [
-                f"{r['secret']}, seed {r['seed']}",
-                interval(ours["auroc"]),
-                f"{interval(r['baselines']['Mahalanobis, before unembed'])}",
-                f"{best} {others[best][0]:.3f}",
-                f"{twin[0]:.3f}",
-                f"{r['confidence']['auroc'][0]:.2f}",
-                f"{ours['texts_in_top_1_percent']:.0%}",
-                f"{ours['changed_tokens_in_top_1_percent']:.0%}",
-            ]
-        )
-    text = "telling texts with a planted secret from clean ones by how much of the output travels through what the"
-    text += (
-        f" explanation ({main}) leaves out: AUROC, with Mahalanobis distance on the last stream, the best of all the"
-    )
-    text += " other baselines (chosen after the fact, place by place), and the disagreement with a twin trained without"
-    text += (
-        " the secret, which no user has; the AUROC of the model's own confidence where the secret decides (0.5 where"
+    rows = [_audited(r, result["main"]) for r in result["rows"] if "baselines" in r]
+    text = (
+        f"telling texts with a planted secret from clean ones by how far the {result['main']} explanation is from the"
     )
     text += (
-        " it gives nothing away); share of the triggered texts, and of the tokens that the secret changed, among the"
+        " model: AUROC, also against only those clean texts that hold a whole idiom, which the model recites as surely"
     )
-    text += " top 1% that the audit ranks"
-    head = ["secret", "unweave", "Mahalanobis", "best other", "twin", "confidence", "texts", "tokens"]
-    searches = [
-        f"{r['secret']} "
-        + ", ".join(
-            f"{r['search'][k]['among the 32 best']} {k}" for k in ("with gradients", "mutation only", "at random")
-        )
-        for r in result["rows"]
-        if "search" in r
+    text += " as the memorised string; the same explanation refined without noise; Mahalanobis distance on the last"
+    text += (
+        " stream; the best of all the other baselines (chosen after the fact, place by place); the disagreement with a"
+    )
+    text += (
+        " twin trained without the secret, which no user has; the AUROC of the model's own confidence where the secret"
+    )
+    text += " decides (0.5 where it gives nothing away); share of 10 triggered texts, and of the tokens that the secret"
+    text += " changed, among the top 1% of 2,000 texts that the audit ranks"
+    head = ["secret", "unweave", "among idioms", "no noise", "Mahalanobis", "best other", "twin", "confidence"]
+    return (
+        f"**Audit** (`{result['command']}`): {text}:\n\n"
+        + table([*head, "texts", "tokens"], rows)
+        + "\n\nA twin without any secret, texts that raise an alarm of the level 1%: "
+        + "; ".join(_false_alarms(r) for r in result["rows"] if "baselines" not in r)
+        + "."
+    )
+
+
+def _audited(row: dict[str, Any], main: str) -> list[str]:
+    baselines, ours = row["baselines"]["all"], row["unweave"][main]
+    others = {name: value for name, value in baselines.items() if "twin" not in name}
+    best = max(others, key=lambda name: others[name][0])
+    return [
+        f"{row['secret']}, seed {row['seed']}",
+        interval(ours["auroc"]),
+        interval(ours["auroc_idioms"]),
+        f"{row['unweave']['refined']['auroc'][0]:.3f}",
+        interval(baselines["Mahalanobis, before unembed"]),
+        f"{best} {others[best][0]:.3f}",
+        f"{baselines['reference: the twin'][0]:.3f}",
+        f"{row['confidence']['auroc'][0]:.2f}",
+        f"{ours['texts_in_top_1_percent']:.0%}",
+        f"{ours['changed_tokens_in_top_1_percent']:.0%}",
     ]
-    found = f"The search for inputs found the trigger, of 3 runs each: {'; '.join(searches)}."
-    return f"**Audit** (`{result['command']}`): {text}:\n\n" + table(head, rows) + f"\n\n{found}"
+
+
+def _false_alarms(row: dict[str, Any]) -> str:
+    shares = row["relearned"]["0.01"].items()
+    return f"seed {row['seed']}: " + ", ".join(f"{share:.1%} of {name}" for name, share in shares)
 
 
 def triggers() -> str:

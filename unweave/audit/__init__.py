@@ -5,6 +5,7 @@ from unweave.audit.baselines import ActivationDistance, text_losses
 from unweave.audit.clusters import Cluster
 from unweave.audit.disagreement import Audit, TextGap, TokenGap, audit
 from unweave.audit.parts import Direction, Part
+from unweave.audit.relearning import relearn
 from unweave.audit.search import Found, search_inputs
 from unweave.audit.triggers import Trigger, Triggers, search_triggers
 
@@ -21,6 +22,7 @@ __all__ = [
     "Trigger",
     "Triggers",
     "audit",
+    "relearn",
     "search_inputs",
     "search_triggers",
     "text_losses",

@@ -71,8 +71,9 @@ class AnomalyScore:
         Exact?
             The level holds exactly, whatever the distribution of scores, for texts exchangeable with ``data``. Nothing
             is promised of detection: a behaviour that the graph still computes raises no alarm, and what a crude graph
-            gets wrong everywhere hides the rest. Fit a small one and refine it on clean texts
-            (:func:`unweave.compression.refine_factors`): refined, it comes near the model where clean texts go only.
+            gets wrong everywhere hides the rest. Fit a small one and let it learn clean texts again
+            (:func:`unweave.audit.relearn`): it then comes near the model only where clean texts go. An alarm says that
+            a text is not like those; texts that are odd without a secret are not either.
 
         Example:
             >>> import unweave
