@@ -69,6 +69,8 @@ def probe(
         from unweave.probes import label_concept, probe_table, token_concept
         from unweave.storage import finite
 
+        if draws < 0:
+            raise InputError(f"--draws must be at least 0, got {draws}")
         graph, source, tokenizer = graph_of(model)
         rows = load_rows(graph, source, data, tokenizer, context, sequences)
         words = words_of(graph, tokenizer)
@@ -195,7 +197,7 @@ def _print_courses(rows: Sequence[Mapping[str, Any]]) -> None:
 
 def _table(title: str, rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> Table:
     table = Table(title=escape(title), title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
-    table.add_column("stream before" if _all_in_stream(rows) else "where", overflow="fold")
+    table.add_column("stream before" if _all_in_stream(rows) else "where", no_wrap=True)
     for name in columns:
         table.add_column(name, justify="right")
     return table
@@ -234,7 +236,7 @@ def _percent(value: float | None) -> str:
 
 def _score(row: Mapping[str, Any]) -> str:
     ends = [None if row[name] is None else 100 * row[name] for name in ("score_low", "score_high")]
-    low, high = ("–" if end is None else f"{end:.1f}" for end in ends)
+    low, high = ("–" if end is None else f"{end:.1f}".replace("100.0", "100") for end in ends)
     return f"{_percent(row['score'])} [dim]{low}{' to ' if '-' in low else '–'}{high}[/]"
 
 

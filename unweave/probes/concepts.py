@@ -17,6 +17,8 @@ __all__ = ["CONTROLS", "Concept", "control_task", "label_concept", "token_concep
 CONTROLS = ("token", "token at position")
 # ids are only looked at, no graph is run
 ROWS = 256
+# of labels of which all tokens got the same
+REDRAWS = 100
 
 
 @dataclass(frozen=True)
@@ -84,7 +86,8 @@ class Concept:
 def control_task(concept: Concept, data: TokenData, by: str = "token", seed: int = 0) -> Concept:
     """The same labels dealt out at random, one for each type of token for ever: what a probe learns by heart.
 
-    A probe that is as good at it as at the concept says nothing of the network.
+    A probe that is as good at it as at the concept says nothing of the network. Classes are dealt again where all types
+    of the data got the same.
 
     Args:
         data: whose labels are drawn from (classes as often as there; numbers from a normal distribution).
@@ -93,7 +96,7 @@ def control_task(concept: Concept, data: TokenData, by: str = "token", seed: int
         seed: of the labels.
 
     Raises:
-        InputError: no such type, or inputs that are no tokens.
+        InputError: no such type, inputs that are no tokens, or so few types that all get the same class.
         EmptyDataError: the concept says nothing on these data.
 
     Source:
@@ -103,25 +106,47 @@ def control_task(concept: Concept, data: TokenData, by: str = "token", seed: int
         raise InputError(f"control must be one of {', '.join(map(repr, CONTROLS))}, got {by!r}")
     if data.tokens.is_floating_point():
         raise InputError("a control task deals labels out to tokens; these inputs are reals: pass control=None")
-    generator = torch.Generator().manual_seed(seed)
     n_pos, vocabulary = data.tokens.shape[1], data.vocabulary_size or 0
     vocabulary = max(vocabulary, int(data.tokens.max()) + 1)
-    n_types = vocabulary * (n_pos if by == "token at position" else 1)
-    if concept.classes:
-        table = torch.multinomial(_frequencies(concept, data), n_types, replacement=True, generator=generator)
-    else:
-        table = torch.randn(n_types, generator=generator, dtype=torch.float64)
 
-    def label(batch: Batch) -> Tensor:
-        types: Int[Tensor, "batch pos"] = batch.inputs % vocabulary
+    def types_of(batch: Batch) -> Int[Tensor, "batch pos"]:
+        types = batch.inputs % vocabulary
         if by == "token at position":
             types = types + vocabulary * (torch.arange(types.shape[1], device=types.device) % n_pos)
-        types = types.roll(-concept.offset, 1)  # what comes around the end is not said
-        said = concept.values(batch)[1] & within(batch, concept.offset)
+        return types.roll(-concept.offset, 1)  # what comes around the end is not said
+
+    def label(batch: Batch) -> Tensor:
+        said, types = _said(concept, batch), types_of(batch)
         dealt = table.to(types.device)[types]
         return torch.where(said.to(types.device), dealt, -1 if concept.classes else torch.nan)
 
+    n_types = vocabulary * (n_pos if by == "token at position" else 1)
+    table = _deal(concept, data, types_of, n_types, torch.Generator().manual_seed(seed))
     return Concept(f"control of {concept.name}", label, concept.classes)
+
+
+def _said(concept: Concept, batch: Batch) -> Bool[Tensor, "batch pos"]:
+    return concept.values(batch)[1] & within(batch, concept.offset)
+
+
+def _deal(
+    concept: Concept, data: TokenData, types_of: Callable[[Batch], Tensor], n_types: int, generator: torch.Generator
+) -> Tensor:
+    """A label for each type: classes as often as in the data, of which at least two come, or normal numbers."""
+    if not concept.classes:
+        return torch.randn(n_types, generator=generator, dtype=torch.float64)
+    seen = torch.zeros(n_types, dtype=torch.bool)
+    for batch in data.batches(ROWS):
+        seen[types_of(batch)[_said(concept, batch)].cpu()] = True
+    frequencies = _frequencies(concept, data)
+    for _ in range(REDRAWS):
+        table = torch.multinomial(frequencies, n_types, replacement=True, generator=generator)
+        if len(table[seen].unique()) > 1:
+            return table
+    raise InputError(
+        f"{concept.name!r} is so rare, or tokens so few, that all get the same random label; "
+        "take the control 'token at position', or none"
+    )
 
 
 def token_concept(name: str, ids: Collection[int], vocabulary: int, offset: int = 0) -> Concept:
