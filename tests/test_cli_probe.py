@@ -57,9 +57,9 @@ def test_a_label_and_a_concept_with_the_library_s_figures(tmp_path):
     assert "take --control 'token at position'" in "".join(result.output.splitlines())
     row = table.find("low", "before blocks.0.mlp")
     line = next(line for line in result.output.splitlines() if line.startswith(" blocks.0.mlp"))
-    figures = [f"{x:.1%}" for x in (row.score.value, row.baseline, row.control, row.selectivity + 0.0)]
-    codes = [f"{code.compression:.2g}x" for code in (row.code, row.control_code)]
-    assert [line.split()[i] for i in (1, 3, 4, 5, 6, 7)] == figures + codes
+    shares = (row.gain, row.control_gain, row.code.saved, row.control_code.saved)
+    figures = [f"{row.score.value:.1%}", f"{row.baseline:.1%}", *(f"{round(x, 2) + 0.0:.0%}" for x in shares)]
+    assert [line.split()[i] for i in (1, 3, 4, 5, 6, 7)] == figures
 
 
 def test_places_and_no_control(tmp_path):

@@ -14,7 +14,7 @@ from rich.table import Table
 from unweave.cli.application import app, console, errors
 from unweave.cli.inputs import graph_of, load_rows, token_kinds, words_of, zoo_scope
 from unweave.cli.options import Context, Data, Seed
-from unweave.cli.tables import number, share, with_interval
+from unweave.cli.tables import share, with_interval
 from unweave.cli.track import print_tracked
 from unweave.errors import InputError
 
@@ -22,11 +22,12 @@ __all__ = ["print_probes", "probe"]
 
 BEFORE = "before "
 LEGEND = (
-    "score: accuracy of a linear probe on held-out tokens (of a number: R²), in %",
+    "score: accuracy of a linear probe on held-out tokens (of a number: R²)",
     "plain: that of always saying the commonest class",
-    "control: for the same labels dealt to tokens at random: learnt by heart",
-    "above: score less control (selectivity); near or below 0, nothing is shown",
-    "code: by how much knowing the activations shortens the labels",
+    "gain: the share of the plain guess's errors that the probe does not make",
+    "bits: the share of the labels' information that is read off with few examples",
+    "control: the same for random labels of tokens, learnt by heart; only what is",
+    "above it (selectivity) says that the network has the concept there",
 )
 LEGEND_USED = (
     "random: without as much of other directions; variance: how much is taken out",
@@ -149,14 +150,13 @@ def print_probes(facts: Mapping[str, Any]) -> None:
     at = f", step {last}" if when else ""
     rows = [row for row in facts["probes"] if row["step"] == last]
     title = f"what a linear probe reads{at}: {facts['n_held_out']:,} held-out tokens"
-    read = _table(title, rows, ("score", "plain", "control", "above", "code", "control's"))
+    read = _table(title, rows, ("score", "plain", "gain", "control", "bits", "control"))
     for name, row in _by_concept(read, rows):
         read.add_row(
             name,
             _score(row),
-            *(_percent(row[name]) for name in ("baseline", "control", "selectivity")),
-            _times(row["compression"]),
-            _times(row["control_compression"]),
+            _percent(row["baseline"]),
+            *(_whole(row[name]) for name in ("gain", "control_gain", "saved", "control_saved")),
         )
     console.print(read)
     for line in LEGEND:
@@ -240,5 +240,5 @@ def _score(row: Mapping[str, Any]) -> str:
     return f"{_percent(row['score'])} [dim]{low}{' to ' if '-' in low else '–'}{high}[/]"
 
 
-def _times(value: float | None) -> str:
-    return "–" if value is None else f"{number(value, 2)}x"
+def _whole(value: float | None) -> str:
+    return "–" if value is None else f"{round(value, 2) + 0.0:.0%}"

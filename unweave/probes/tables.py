@@ -40,6 +40,8 @@ class ProbeRow:
         probe: itself.
         code: of the training labels, :func:`unweave.probes.online_code`; None where it was not asked for.
         control_code: of the control task's labels.
+        control_baseline: as ``baseline``, of the control's labels: they come not as often as the concept's, since types
+            of tokens do not.
     """
 
     concept: str
@@ -52,11 +54,26 @@ class ProbeRow:
     probe: LinearProbe
     code: OnlineCode | None = None
     control_code: OnlineCode | None = None
+    control_baseline: float = float("nan")
 
     @property
     def selectivity(self) -> float:
         """Score less the control task's score (Hewitt and Liang 2019)."""
         return self.score.value - self.control
+
+    @property
+    def gain(self) -> float:
+        """(score - baseline) / (1 - baseline): the share of the baseline's errors that the probe does not make."""
+        return _gain(self.score.value, self.baseline)
+
+    @property
+    def control_gain(self) -> float:
+        """The same for the control task; comparable where the two baselines differ, as scores are not."""
+        return _gain(self.control, self.control_baseline)
+
+
+def _gain(score: float, baseline: float) -> float:
+    return (score - baseline) / (1 - baseline) if baseline < 1 else float("nan")
 
 
 @dataclass(frozen=True, eq=False)
@@ -89,10 +106,15 @@ class ProbeTable:
                 **r.score.columns("score"),
                 "baseline": r.baseline,
                 "control": r.control,
+                "control_baseline": r.control_baseline,
                 "selectivity": r.selectivity,
+                "gain": r.gain,
+                "control_gain": r.control_gain,
                 "bits_per_label": float("nan") if r.code is None else r.code.bits_per_label,
                 "compression": float("nan") if r.code is None else r.code.compression,
                 "control_compression": float("nan") if r.control_code is None else r.control_code.compression,
+                "saved": float("nan") if r.code is None else r.code.saved,
+                "control_saved": float("nan") if r.control_code is None else r.control_code.saved,
             }
             for r in self.rows
         ]
@@ -290,12 +312,14 @@ class _Sweep:
         for p, site in enumerate(self.sites):
             for k, concept in enumerate(self.concepts):
                 score, baseline = _score(probes[p, k, False], np.concatenate(found[p, k, False], axis=1))
-                control = float("nan")
+                control, chance = float("nan"), float("nan")
                 if self.controls[k] is not None:
-                    control = _score(probes[p, k, True], np.concatenate(found[p, k, True], axis=1))[0].value
+                    dealt, chance = _score(probes[p, k, True], np.concatenate(found[p, k, True], axis=1))
+                    control = dealt.value
                 layer, probe = self.graph.stages[site.stage].layer, probes[p, k, False]
                 lengths = codes.get((p, k, False)), codes.get((p, k, True))
-                rows.append(ProbeRow(concept.name, site.name, layer, step, score, baseline, control, probe, *lengths))
+                figures = (score, baseline, control, probe, *lengths, chance)
+                rows.append(ProbeRow(concept.name, site.name, layer, step, *figures))
         return rows
 
 
