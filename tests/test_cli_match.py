@@ -122,8 +122,8 @@ def test_nearest_and_ties(tmp_path):
     assert nearest.exit_code == 0, nearest.output
     facts = json.loads((tmp_path / "nearest.json").read_text())
     assert len({pair["b"] for pair in facts["pairs"]}) == 1
-    assert "B has" not in nearest.output
-    assert "A has no match for blocks.0.attn.head.1, blocks.0.attn.head.2\n" in nearest.output
+    assert "left over in A" not in nearest.output
+    assert "left over in B: blocks.0.attn.head.1, blocks.0.attn.head.2\n" in nearest.output
     assert nearest.output.count(" tie ") == 4
     assert all(pair["p"] is None for pair in facts["pairs"])
     assert "A with B's node" not in nearest.output
@@ -131,7 +131,7 @@ def test_nearest_and_ties(tmp_path):
     facts = json.loads((tmp_path / "single.json").read_text())
     assert len({pair["b"] for pair in facts["pairs"]}) == 3
     assert len(facts["unmatched"][0]) == 1
-    assert f"B has no match for {facts['unmatched'][0][0]}\n" in single.output
+    assert f"left over in A: {facts['unmatched'][0][0]}\n" in single.output
 
 
 def test_models_of_two_tokenizers(shared, tmp_path):

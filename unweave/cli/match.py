@@ -178,10 +178,10 @@ def print_matching(facts: Mapping[str, Any], top: int) -> None:
     console.print(table)
     if len(facts["pairs"]) > top:
         _say(f"{len(facts['pairs']) - top} more pairs, less alike")
-    for side, names in zip("BA", facts["unmatched"], strict=True):
+    for side, names in zip("AB", facts["unmatched"], strict=True):
         if names:
             more = f" and {len(names) - SHOWN_UNMATCHED} more" if len(names) > SHOWN_UNMATCHED else ""
-            _say(f"{side} has no match for {', '.join(names[:SHOWN_UNMATCHED])}{more}")
+            _say(f"left over in {side}: {', '.join(names[:SHOWN_UNMATCHED])}{more}")
     _say("alike: 1 is the same; margin: over the next best (tie: one of several as good;")
     _say("below 0: another is more alike, but needed elsewhere);")
     _say("worth: of A's nodes' nats (estimated), the share of this one")
