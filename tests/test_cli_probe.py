@@ -83,6 +83,7 @@ def test_checkpoints(tmp_path):
     shutil.copytree(weights_folder("brackets"), tmp_path / "run/step500")
     out = tmp_path / "probes.json"
     args = ["--concept", r"open=\[1\]", "--offset", 1, "--steps", tmp_path / "run", "--draws", 1, "--limit", 300]
+    args += ["--place", "before unembed"]
     result = invoke("zoo:brackets", *SMALL, *args, "-o", out)
     assert result.exit_code == 0, result.output
     facts = json.loads(out.read_text())
