@@ -71,6 +71,7 @@ PLAIN = {
         "baseline",
         "control",
         "selectivity",
+        "gain",
         "similarity",
         "margin",
         "kl_recovered",
