@@ -24,8 +24,9 @@ from unweave.compression.moments import ChannelMoments, channel_moments, survey
 from unweave.compression.refinement import refine_factors
 from unweave.data import TokenData, load_data
 from unweave.errors import InputError
-from unweave.evaluation import Estimate, Faithfulness, evaluate
+from unweave.evaluation import Faithfulness, evaluate
 from unweave.graph import Graph
+from unweave.intervals import Estimate
 from unweave.report import MAX_EDGES
 from unweave.scope import Scope, describe
 from unweave.scoring import EdgeScores, calibrate

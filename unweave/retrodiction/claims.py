@@ -10,6 +10,7 @@ import numpy as np
 from jaxtyping import Float
 
 from unweave.errors import InputError
+from unweave.intervals import divide, interval_of, resample
 
 __all__ = ["Phenomenon", "Quantity", "over_pairs", "over_seeds", "pair_interval"]
 
@@ -73,8 +74,7 @@ def over_seeds(
     if len(found) < 3:
         low, high = found.min(), found.max()
     else:
-        draws = np.random.default_rng(0).choice(found, (DRAWS, len(found))).mean(1)
-        low, high = np.quantile(draws, (0.025, 0.975))
+        _, low, high = interval_of([float(found[rows].mean()) for rows in resample(len(found), draws=DRAWS)])
     return Quantity(what, published, agrees, float(found.mean()), float(low), float(high), len(found), note)
 
 
@@ -121,8 +121,8 @@ def pair_interval(values: Float[np.ndarray, "seeds seeds"]) -> tuple[float, floa
     times = np.random.default_rng(0).multinomial(n, np.full(n, 1 / n), DRAWS).astype(float)
     count = np.einsum("di,ij,dj->d", times, measured.astype(float), times, optimize=True)
     total = np.einsum("di,ij,dj->d", times, known, times, optimize=True)
-    low, high = np.quantile(total[count > 0] / count[count > 0], (0.025, 0.975))
-    return float(values[measured].mean()), float(low), float(high)
+    value, low, high = interval_of([values[measured].mean(), *divide(total, count)])
+    return value, low, high
 
 
 @dataclass(frozen=True)
