@@ -33,7 +33,8 @@ from unweave.modules.partitioners import (
     sbm_partitions,
     spectral_partitions,
 )
-from unweave.modules.search import NullTest, _test, find_modules, modules_of
+from unweave.modules.search import find_modules, modules_of
+from unweave.modules.significance import NullTest, _test
 from unweave.scope import Scope
 from unweave.scoring import score_edges
 
