@@ -20,14 +20,8 @@ from unweave.scope import Scope, position_mask
 __all__ = ["FOLDS", "Side", "by_proposals", "by_rules", "check_tokens", "finish"]
 
 NULL_QUANTILE = 0.95
-
-
 FEWEST_TOKENS = 100
-
-
 FOLDS = 4
-
-
 CANNOT_SCORE = "a text alone cannot be scored: give a predict function or the name of a rule with it"
 
 

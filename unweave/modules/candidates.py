@@ -16,12 +16,8 @@ from unweave.modules.partitioners import PARTITIONERS
 __all__ = ["Search", "most_blocks", "without_idle"]
 
 MOST_BLOCKS = 12
-
-
 # fewer cannot be grouped but trivially
 LEAST_NODES = 3
-
-
 # so many of the proposed partitions are improved step by step
 IMPROVED = 2
 

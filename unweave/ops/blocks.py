@@ -20,8 +20,6 @@ from unweave.ops.linear import Dense, LinearMap
 __all__ = ["BlockMap", "DenseBlocks", "Joined", "Pair", "Places"]
 
 Pair = tuple[int, int]
-
-
 # (start, width) of what each writer adds to a stream, where each has a place of its own
 Places = tuple[Pair, ...]
 
