@@ -17,7 +17,7 @@ from unweave.compression.factors import (
 )
 from unweave.compression.moments import ChannelMoments
 from unweave.compression.parts import Choice, Part
-from unweave.compression.ranks import best_rank, fill, plus, replace_read
+from unweave.compression.ranks import add_bias, best_rank, fill_ranks, replace_read
 from unweave.graph import Read, Stage
 from unweave.ops import Dense, LinearMap, Pivoted, Stacked
 
@@ -81,7 +81,7 @@ class ValueOutputPart(Part):
 
     def within(self, limit: float) -> Choice:
         d = self.outputs[0].shape[0]
-        ranks, numbers, nats = fill([(p[2], self.numbers) for p in self.projectors], limit - d)
+        ranks, numbers, nats = fill_ranks([(p[2], self.numbers) for p in self.projectors], limit - d)
         return Choice(numbers + d, nats, tuple(ranks))
 
     def apply(self, stage: Stage, choice: Choice) -> Stage:
@@ -107,7 +107,7 @@ class ValueOutputPart(Part):
         read = Read(Stacked(tuple(maps)), ranks, None)
         stage = replace_read(stage, 2, 0, read)
         widths = tuple(ranks[h // per_group] for h in range(len(stage.nodes)))
-        bias = plus(stage.bias, constant, self.outputs[0].to(dtype))
+        bias = add_bias(stage.bias, constant, self.outputs[0].to(dtype))
         return dataclasses.replace(stage, write=Dense(torch.cat(columns, 1).to(dtype)), code_widths=widths, bias=bias)
 
 
@@ -150,7 +150,7 @@ class QueryKeyPart(Part):
         return Choice(sum(p[1] for p in picked), sum(p[2] for p in picked), tuple(p[0] for p in picked))
 
     def within(self, limit: float) -> Choice:
-        ranks, numbers, nats = fill([(p[2], self.numbers) for p in self.projectors], limit)
+        ranks, numbers, nats = fill_ranks([(p[2], self.numbers) for p in self.projectors], limit)
         return Choice(numbers, nats, tuple(ranks))
 
     def apply(self, stage: Stage, choice: Choice) -> Stage:

@@ -19,7 +19,7 @@ from unweave.compression.factors import (
 )
 from unweave.compression.moments import ChannelMoments
 from unweave.compression.parts import Choice, Part
-from unweave.compression.ranks import best_rank, fill, low_rank_numbers, plus, replace_read, truncate
+from unweave.compression.ranks import add_bias, best_rank, fill_ranks, low_rank_numbers, replace_read, truncate
 from unweave.graph import Port, Read, Stage
 
 __all__ = ["MlpPart"]
@@ -87,7 +87,7 @@ class MlpPart(Part):
         neurons, d = self.neurons(count), self.weights[-1].shape[0]
         biases = count * len(self.port.reads) + d
         curves = [(s.nats, low_rank_numbers(count, d)) for s in neurons.seen]
-        ranks, numbers, nats = fill(curves, limit - biases)
+        ranks, numbers, nats = fill_ranks(curves, limit - biases)
         return Choice(numbers + biases, neurons.nats + nats, (count, *ranks))
 
     def _choose_ranks(self, count: int, price: float) -> Choice:
@@ -104,7 +104,7 @@ class MlpPart(Part):
         for r, read in enumerate(self.port.reads):
             cut, constant = truncate(self.weights[r][neurons.kept], neurons.seen[r], ranks[r], mean)
             bias = None if read.bias is None else read.bias[neurons.kept]
-            new = Read(cut, (count,), plus(bias, constant, self.weights[r]))
+            new = Read(cut, (count,), add_bias(bias, constant, self.weights[r]))
             stage = replace_read(stage, 0, r, new)
         write = neurons.write.to(self.weights[-1])
         code = m.code[neurons.kept]
@@ -112,5 +112,5 @@ class MlpPart(Part):
         lost = self.weights[-1].double() @ m.code - write.double() @ code
         constant = lost if constant is None else lost + constant
         return dataclasses.replace(
-            stage, write=cut, code_widths=(count,), bias=plus(stage.bias, constant, self.weights[-1])
+            stage, write=cut, code_widths=(count,), bias=add_bias(stage.bias, constant, self.weights[-1])
         )

@@ -15,7 +15,7 @@ from unweave.compression.factors import (
 from unweave.graph import Read, Stage
 from unweave.ops import Dense, LinearMap
 
-__all__ = ["best_rank", "fill", "low_rank_numbers", "plus", "replace_read", "truncate"]
+__all__ = ["add_bias", "best_rank", "fill_ranks", "low_rank_numbers", "replace_read", "truncate"]
 
 
 def _tails(nats: Float[Tensor, " k"]) -> Float[Tensor, " k_plus_one"]:
@@ -33,7 +33,7 @@ def best_rank(nats: Float[Tensor, " k"], numbers: Float[Tensor, " k_plus_one"], 
 Curve = tuple[Float[Tensor, " k"], Float[Tensor, " k_plus_one"]]
 
 
-def fill(curves: list[Curve], limit: float) -> tuple[list[int], int, float]:
+def fill_ranks(curves: list[Curve], limit: float) -> tuple[list[int], int, float]:
     """(ranks, numbers, nats lost) within a limit: the step of the most nats per number, while one fits."""
     tails = [_tails(nats) for nats, _ in curves]
     costs = [numbers.to(tail) for (_, numbers), tail in zip(curves, tails, strict=True)]
@@ -74,13 +74,15 @@ def truncate(
     return cut, (weight.double() - cut.dense().double()) @ mean
 
 
-def plus(bias: Tensor | None, constant: Tensor | None, like: Tensor) -> Tensor | None:
+def add_bias(bias: Tensor | None, constant: Tensor | None, like: Tensor) -> Tensor | None:
+    """A bias and a constant, either of which may be missing."""
     if constant is None:
         return bias
     return (constant if bias is None else bias.double() + constant).to(like)
 
 
 def replace_read(stage: Stage, port: int, number: int, read: Read) -> Stage:
+    """The stage with another read in one place of a port."""
     ports, reads = list(stage.ports), list(stage.ports[port].reads)
     reads[number] = read
     ports[port] = dataclasses.replace(ports[port], reads=tuple(reads))

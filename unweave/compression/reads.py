@@ -14,7 +14,7 @@ from unweave.compression.factors import (
 )
 from unweave.compression.moments import ChannelMoments
 from unweave.compression.parts import Choice, Part
-from unweave.compression.ranks import best_rank, fill, low_rank_numbers, plus, replace_read, truncate
+from unweave.compression.ranks import add_bias, best_rank, fill_ranks, low_rank_numbers, replace_read, truncate
 from unweave.graph import Stage
 
 __all__ = ["ReadPart"]
@@ -44,11 +44,11 @@ class ReadPart(Part):
 
     def within(self, limit: float) -> Choice:
         curve = (self.seen.nats, low_rank_numbers(*self.weight.shape))
-        (r,), numbers, nats = fill([curve], limit - self.weight.shape[0])
+        (r,), numbers, nats = fill_ranks([curve], limit - self.weight.shape[0])
         return Choice(numbers + self.weight.shape[0], nats, (r,))
 
     def apply(self, stage: Stage, choice: Choice) -> Stage:
         read, mean = stage.ports[self.port].reads[0], self.moments.inputs[stage.ports[self.port].name]
         cut, constant = truncate(self.weight, self.seen, choice.ranks[0], mean)
-        bias = plus(read.bias, constant, self.weight)
+        bias = add_bias(read.bias, constant, self.weight)
         return replace_read(stage, self.port, 0, dataclasses.replace(read, map=cut, bias=bias))

@@ -21,7 +21,7 @@ from unweave.drivers.descriptions import Descriptions
 from unweave.drivers.directions import Directions, code_directions
 from unweave.drivers.evidence import Describer, Evidence
 from unweave.drivers.examples import collect_examples
-from unweave.drivers.judging import FOLDS, Side, by_proposals, by_rules, check_tokens, finish
+from unweave.drivers.judging import FOLDS, Side, by_proposals, by_rules, check_tokens, judge
 from unweave.drivers.rules import ready_rules
 from unweave.errors import EmptyDataError, InputError, ShapeError
 from unweave.execution import check_inputs, trace
@@ -111,7 +111,7 @@ def describe(
             for node, k in directions.names
         ]
         found = by_proposals(train, held, rules, proposals, shifts, offsets)
-    return finish(directions.names, train, held, found, draws, offsets)
+    return judge(directions.names, train, held, found, draws, offsets)
 
 
 def describe_values(
@@ -161,7 +161,7 @@ def describe_values(
     check_tokens(train, held)
     offsets = torch.Generator().manual_seed(seed)
     found = by_rules(train, held, ready_rules(data, token_strings), shifts, offsets)
-    return finish([(name, 0) for name in values], train, held, found, draws, offsets)
+    return judge([(name, 0) for name in values], train, held, found, draws, offsets)
 
 
 def _at_tokens(values: Mapping[str, Tensor], data: TokenData) -> Float[Tensor, "token direction"]:

@@ -17,7 +17,7 @@ from unweave.drivers.rules import Rule, Texts
 from unweave.errors import EmptyDataError, ShapeError, UnknownNameError
 from unweave.scope import Scope, position_mask
 
-__all__ = ["FOLDS", "Side", "by_proposals", "by_rules", "check_tokens", "finish"]
+__all__ = ["FOLDS", "Side", "by_proposals", "by_rules", "check_tokens", "judge"]
 
 NULL_QUANTILE = 0.95
 FEWEST_TOKENS = 100
@@ -64,6 +64,7 @@ class Side(NamedTuple):
 
 
 def check_tokens(train: Side, held: Side) -> None:
+    """Refuse two sides of which one has too few tokens."""
     fewest = min(len(train.values), len(held.values))
     if fewest < FEWEST_TOKENS:
         raise EmptyDataError(f"{fewest} tokens are too few to fit or score on; give {FEWEST_TOKENS} on both sides")
@@ -85,6 +86,7 @@ def _shift(n: int, generator: torch.Generator) -> int:
 
 
 def by_rules(train: Side, held: Side, rules: Sequence[Rule], shifts: int, generator: torch.Generator) -> _Found:
+    """The best of the ready rules for each direction, fitted on one side; the null is of shifted values."""
     sizes = [len(rule.categories) for rule in rules]
     sorted_train, sorted_held = train.categories(rules), held.categories(rules)
     # unit variance, so that float32 sums are good for codes of any size
@@ -120,6 +122,7 @@ def by_proposals(
     shifts: int,
     generator: torch.Generator,
 ) -> _Found:
+    """What each proposal predicts, with the best slope and offset; the null is of shifted values."""
     columns = [_predicted(train, held, rules, p, d) for d, p in enumerate(proposals)]
     raw_train, raw_held = (torch.stack([c[side] for c in columns], 1) for side in (0, 1))
     null = []
@@ -170,7 +173,7 @@ def _random(
     return torch.stack(scores).nanmean(0) if scores else torch.full((n,), torch.nan), area
 
 
-def finish(
+def judge(
     names: Sequence[tuple[str, int]],
     train: Side,
     held: Side,
@@ -178,6 +181,7 @@ def finish(
     draws: int,
     generator: torch.Generator,
 ) -> Descriptions:
+    """Scores on the held-out side, and the texts of what scores above the null."""
     score, area = explained(found.held, held.values), auroc(found.held, held.values)
     area = torch.where(found.held.isnan().any(0), torch.nan, area)
     null = found.null[~found.null.isnan()]

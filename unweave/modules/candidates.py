@@ -70,6 +70,7 @@ class Search:
 
 
 def most_blocks(max_blocks: int | None, n_nodes: int) -> int:
+    """How many blocks a partition may have; a third of the nodes, at most 12, where nothing is asked for."""
     if n_nodes < LEAST_NODES:
         raise InputError(f"a graph of {n_nodes} nodes has no modules to look for; refine it first")
     if max_blocks is None:

@@ -41,6 +41,7 @@ class NullTest:
 
 
 def null_test(null: str, statistic: str, value: float, found: list[float]) -> NullTest:
+    """The value of a statistic beside those on samples of a null model."""
     there = torch.tensor(found, dtype=torch.float64)
     mean, sd = float(there.mean()), float(there.std()) if len(found) > 1 else 0.0
     as_good = int((STATISTICS[statistic] * there >= STATISTICS[statistic] * value - 1e-12).sum())

@@ -18,6 +18,7 @@ __all__ = ["provenance_of", "stamp"]
 def provenance_of(
     model: Any, data: Any, budget: Mapping[str, Any], steps: int, seed: int, started: float
 ) -> dict[str, Any]:
+    """From what, to what budget, when and with which versions a graph was made."""
     return {
         "model": model if isinstance(model, str) else str(getattr(model, "name_or_path", model)),
         "data": data.source if isinstance(data, TokenData) else str(data or model),
