@@ -17,7 +17,7 @@ from unweave.ops.linear import (
     Stacked,
     mask_numbers,
 )
-from unweave.ops.norms import LayerNorm, Norm, RMSNorm, norm_bias
+from unweave.ops.norms import LayerNorm, Norm, RMSNorm, norm_bias, wide
 from unweave.ops.pooling import Chain, Pool
 
 __all__ = [
@@ -56,4 +56,5 @@ __all__ = [
     "mask_numbers",
     "norm_bias",
     "slid_size",
+    "wide",
 ]

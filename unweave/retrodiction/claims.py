@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Float
@@ -12,7 +13,7 @@ from jaxtyping import Float
 from unweave.errors import InputError
 from unweave.intervals import divide, interval_of, resample
 
-__all__ = ["Phenomenon", "Quantity", "over_pairs", "over_seeds", "pair_interval"]
+__all__ = ["Claim", "Phenomenon", "Quantity", "over_claims", "over_pairs", "over_seeds", "pair_interval"]
 
 DRAWS = 10_000
 
@@ -76,6 +77,25 @@ def over_seeds(
     else:
         _, low, high = interval_of([float(found[rows].mean()) for rows in resample(len(found), draws=DRAWS)])
     return Quantity(what, published, agrees, float(found.mean()), float(low), float(high), len(found), note)
+
+
+class Claim(NamedTuple):
+    """A quantity, what is published of it, and what agrees with that; written down before anything was measured."""
+
+    what: str
+    published: str
+    agrees: tuple[float, float]
+    note: str = ""
+
+
+def over_claims(claims: Mapping[str, Claim], found: Sequence[Mapping[str, float]]) -> list[Quantity]:
+    """A quantity for each claim, see :func:`over_seeds`.
+
+    Args:
+        claims: by the name of the figure.
+        found: the figures of every seed.
+    """
+    return [over_seeds(c.what, c.published, c.agrees, [f[name] for f in found], c.note) for name, c in claims.items()]
 
 
 def over_pairs(
