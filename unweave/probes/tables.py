@@ -11,13 +11,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from unweave.circuits.distance import bootstrap
 from unweave.data import Batch, TokenData
 from unweave.errors import InputError, UnknownNameError
-from unweave.evaluation import Estimate
 from unweave.execution import BEFORE, check_inputs, trace
 from unweave.features import Site, find_site
 from unweave.graph import Graph
+from unweave.intervals import Estimate, bootstrap
 from unweave.probes.coding import OnlineCode, online_code
 from unweave.probes.concepts import Concept, control_task
 from unweave.probes.fitting import LinearProbe, fit_probe, probe_sums
