@@ -15,7 +15,7 @@ from torch import nn
 
 from unweave import __version__
 from unweave.ablation import Replacement
-from unweave.annotations import driver_facts, pair_facts
+from unweave.annotations import driver_facts, page_kind, pair_facts, with_kernels
 from unweave.capture import capture, load_tokenizer
 from unweave.compression.allocation import Budgeter, compress
 from unweave.compression.baselines import activation_svd, magnitude, plain_svd, wanda
@@ -367,7 +367,7 @@ def node_facts(graph: Graph, scores: EdgeScores, node: str) -> dict[str, Any]:
     at = graph.writers.index(node) if stage.write is not None else None
     return {
         "name": node,
-        "kind": stage.kind,
+        "kind": page_kind(stage),
         "layer": stage.layer,
         "ports": [port.name for port in stage.ports],
         "score_nats": None if at is None else float(scores.node_nats[at]),
@@ -417,7 +417,7 @@ def edge_facts(graph: Graph, scores: EdgeScores, pairs: Iterable[Sequence[int]])
     """The rows of a report for some edges, given as (port, writer)."""
     node_at = {name: i for i, name in enumerate(graph.nodes)}
     split = [port.rsplit(".", 1) for port in graph.ports]
-    return [
+    rows = [
         {
             "src": node_at[graph.writers[i]],
             "dst": node_at[split[j][0]],
@@ -428,3 +428,4 @@ def edge_facts(graph: Graph, scores: EdgeScores, pairs: Iterable[Sequence[int]])
         }
         for j, i in pairs
     ]
+    return with_kernels(graph, rows)
