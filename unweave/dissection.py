@@ -88,7 +88,8 @@ def dissect(
         task: the name of a ready-made one (:func:`unweave.tasks.list_tasks`), a ``.jsonl`` file
             (:func:`unweave.tasks.load_task`), or a :class:`Task`. Without one:
         data: see :func:`load_data`; zoo models bring their own.
-        scope: the positions of the data to explain; by default all, or those that a zoo room calls "answered".
+        scope: the positions of the data to explain; by default all, or those labelled "answered", as zoo rooms
+            do.
         edges, kl_nats, faithfulness: the budget; by default faithfulness = 0.9.
         ablation: by default "counterfactual" where the task has corrupted prompts, else "mean".
         metric: "kl" or "logit_difference", for tasks made or loaded here.
@@ -119,12 +120,14 @@ def dissect(
     graph = dataclasses.replace(graph, info={**graph.info, "model": source})
     tokenizer = tokenizer if tokenizer is not None or isinstance(model, nn.Module) else load_tokenizer(model)
     options: dict[str, Any] = {"batch_size": batch_size, "progress": progress}
-    prompts = prompts or (SEQUENCES if graph.info.get("d_vocab") else VECTORS)
+    if prompts is None:
+        prompts = SEQUENCES if graph.info.get("d_vocab") else VECTORS
     origin: dict[str, Any] = {"prompts": prompts, "metric": metric}
     check = None
     if task is None:
-        task, more = _data_task(source, data, scope, graph, tokenizer, context, prompts, progress)
-        origin |= more
+        rows = data_for(source, data, graph, tokenizer, context, prompts, progress)
+        task = _data_task(rows, scope, graph, metric)
+        origin |= {"metric": task.metric, "context": context} | _origin(data, source, task.scope)
     else:
         if data is not None or scope is not None:
             raise InputError("give a task, which has its own prompts and scope, or data (and scope), not both")
@@ -158,29 +161,36 @@ def dissect(
     return Dissected(task, check, circuit, proof, curves, prediction, report)
 
 
-def _data_task(
-    model: str,
-    data: str | Path | TokenData | None,
-    scope: Scope | None,
-    graph: Graph,
-    tokenizer: Any,
-    context: int,
-    sequences: int,
-    progress: bool | None,
-) -> tuple[Task, dict[str, Any]]:
-    """Plain data with its scope as a task without answers, and where it is from, to be loaded again."""
-    loaded = data_for(model, data, graph, tokenizer, context, sequences, progress)
-    own = data is None
+def _data_task(data: TokenData, scope: Scope | None, graph: Graph, metric: Any) -> Task:
+    """Plain data with its scope as a task without answers."""
+    _require_fitting(data, graph)
     if scope is None:
-        scope = default_scope(model if own else "")
-        if loaded.tokens.is_floating_point():
+        scope = dataclasses.replace(default_scope("zoo:" if "answered" in data.labels else ""), divergence=metric)
+        if data.tokens.is_floating_point():
             scope = dataclasses.replace(scope, description="what it says to every input")
-    require_positions(scope, loaded)
-    name = "its own data" if own else Path(loaded.source).name or "data"
-    origin: dict[str, Any] = {"data": "" if isinstance(data, TokenData) else str(data or model), "context": context}
-    if not callable(scope.positions):
-        origin["scope"] = scope.to_json()
-    return Task(name, loaded, scope, description=scope.description), origin
+    own = bool(data.source) and data.source == graph.info.get("model")
+    name = "its own data" if own else Path(data.source).name or "data"
+    task = Task(name, data, scope, description=scope.description)
+    require_positions(scope, data)
+    return task
+
+
+def _origin(data: str | Path | TokenData | None, model: str, scope: Scope) -> dict[str, Any]:
+    """Where plain data came from, for :func:`proof_prompts`; nothing where it cannot be loaded again."""
+    if isinstance(data, TokenData) or callable(scope.positions):
+        return {}
+    return {"data": str(data or model), "scope": scope.to_json()}
+
+
+def _require_fitting(data: TokenData, graph: Graph) -> None:
+    """Refuse vectors for a model of tokens, ids for one of vectors, and vectors of another length."""
+    wanted = graph.info.get("d_input")
+    got = data.tokens.shape[2] if data.tokens.is_floating_point() else None
+    if wanted != got:
+        shape = " x ".join(map(str, graph.info.get("image", ())))
+        reads = f"vectors of {wanted} numbers{f' (images of {shape})' if shape else ''}" if wanted else "token ids"
+        held = f"vectors of {got} numbers" if got else "token ids"
+        raise InputError(f"the model reads {reads}, and {data.source or 'the data'} holds {held}; give what it reads")
 
 
 def _halves(task: Task, ablation: str, seed: int) -> tuple[TokenData, TokenData]:
@@ -218,7 +228,8 @@ def proof_prompts(provenance: Mapping[str, Any], graph: Graph, tokenizer: Any = 
     prompts, seed = int(provenance["prompts"]), int(provenance["seed"])
     if source:
         scope, context = Scope.from_json(provenance["scope"]), int(provenance["context"])
-        task, _ = _data_task("", str(source), scope, graph, tokenizer, context, prompts, None)
+        rows = data_for("", str(source), graph, tokenizer, context, prompts, None)
+        task = _data_task(rows, scope, graph, scope.divergence)
     else:
         task = _task(str(made_of), graph, tokenizer, provenance["metric"], prompts, seed)
     return _halves(task, str(provenance["ablation"]), seed)[1], task.scope

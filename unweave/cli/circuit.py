@@ -76,7 +76,7 @@ def circuit(
         options |= {"ablation": ablation, "metric": metric, "level": level, "positions": positions}
         options |= {"frozen": frozen, "prompts": prompts, "context": context, "seed": seed}
         if at is not None:
-            options["scope"] = Scope(positions=at, description=f"positions: {at}")
+            options["scope"] = Scope(at, divergence=metric, description=f"positions: {at}")  # type: ignore[arg-type]
         found = dissect(model, task or None, data=data, **options)
         write_folder(found, output, overwrite)
         print_circuit(found.report)
