@@ -13,7 +13,7 @@ import pytest
 import torch
 from browser import CHROMIUM, chromium, in_browser, record_surprises
 from report_fixtures import report_data
-from residual_networks import NETWORKS, inputs
+from residual_networks import networks
 from torch import nn
 from typer.testing import CliRunner
 
@@ -22,6 +22,7 @@ from unweave import zoo
 from unweave.annotations import kernels as annotated_kernels
 from unweave.annotations import page_kind, with_kernels
 from unweave.cli import app
+from unweave.data import float_data
 from unweave.dissection import proof_prompts
 from unweave.errors import InputError
 from unweave.kernels import kernels_between, kernels_into
@@ -38,7 +39,7 @@ def invoke(*args: object) -> Any:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("cnn") / "circuit"
-    done = invoke("circuit", "zoo:oriented_shapes", "--prompts", 32, "--edges", 90, "-o", path)
+    done = invoke("circuit", "zoo:oriented_shapes", "--prompts", 16, "--level", "node", "--edges", 100, "-o", path)
     assert done.exit_code == 0, done.output
     assert "faithfulness" in done.output
     return path
@@ -53,16 +54,16 @@ def results(folder: Path) -> dict[str, Any]:
 
 
 def test_the_folder_is_a_circuit_proved_on_the_other_half(folder: Path, results: dict[str, Any]) -> None:
-    assert load_graph(folder).n_edges <= 90
+    assert load_graph(folder).n_edges <= 100
     rows = {row["what"]: row["value"] for row in results["proof"]}
     assert "chance" not in rows  # nothing is asked that could be right
     assert results["title"] == "zoo:oriented_shapes: its own data"
-    assert results["scope"]["n_tokens_held_out"] == results["scope"]["n_tokens_calibration"] == 16
+    assert results["scope"]["n_tokens_held_out"] == results["scope"]["n_tokens_calibration"] == 8
     original = unweave.capture("zoo:oriented_shapes")
     again, scope = proof_prompts(results["provenance"], original) or pytest.fail("cannot be loaded again")
-    everything = unweave.load_data("zoo:oriented_shapes", limit=32)
+    everything = unweave.load_data("zoo:oriented_shapes", limit=16)
     held_out = {tuple(row) for row in again.tokens[:, 0].tolist()}
-    assert len(held_out) == 16
+    assert len(held_out) == 8
     assert held_out < {tuple(row) for row in everything.tokens[:, 0].tolist()}
     # the proof's own figure, from these images and the stored graph alone
     with torch.no_grad():
@@ -73,32 +74,37 @@ def test_the_folder_is_a_circuit_proved_on_the_other_half(folder: Path, results:
     assert rows["divergence, nats per token"] == pytest.approx(nats, rel=1e-3)
 
 
-def test_images_from_a_file_and_a_network_from_a_folder(tmp_path: Path, results: dict[str, Any]) -> None:
-    zoo.save(zoo.load("oriented_shapes"), tmp_path / "model")
-    images = unweave.load_data("zoo:oriented_shapes", limit=32).tokens.reshape(32, 1, 16, 16)
-    np.save(tmp_path / "images.npy", images.numpy())
-    found = unweave.dissect(tmp_path / "model", data=tmp_path / "images.npy", edges=90, prompts=32, progress=False)
-    same = [[{k: e[k] for k in ("src", "dst", "kept")} for e in r["edges"]] for r in (found.report, results)]
+def test_images_from_a_file_and_a_network_from_a_folder(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    zoo.save(zoo.make_cnn(zoo.CnnConfig((2, 6, 6), (3, 3), (3, 2), 4)), tmp_path / "model")
+    images = torch.randn(24, 2, 6, 6)
+    np.save(tmp_path / "images.npy", images.double().numpy())
+    args = ["circuit", tmp_path / "model", "--data", tmp_path / "images.npy", "--edges", 9, "--prompts", 20]
+    done = invoke(*args, "-o", tmp_path / "c")
+    assert done.exit_code == 0, done.output
+    facts = load_results(tmp_path / "c")
+    assert facts["scope"]["positions"] == "all"
+    assert facts["title"].endswith(": images.npy")
+    data = float_data(images[:20].flatten(1))
+    found = unweave.dissect(zoo.load_folder(tmp_path / "model"), data=data, edges=9, progress=False)
+    same = [[{k: e[k] for k in ("src", "dst", "kept")} for e in r["edges"]] for r in (found.report, facts)]
     assert same[0] == same[1]
     assert found.check is None
-    assert found.report["scope"]["positions"] == "all"
-    again, _ = proof_prompts(found.report["provenance"], found.circuit.original) or pytest.fail("gone")
-    assert len(again) == 16
-    with pytest.raises(InputError, match=r"reads vectors of 256 numbers \(images of 1 x 16 x 16\), and .* of 64"):
-        unweave.dissect("zoo:oriented_shapes", data=unweave.float_data(torch.zeros(4, 64)))
+    assert proof_prompts(found.report["provenance"], found.circuit.original) is None  # it was in memory only
+    again, _ = proof_prompts(facts["provenance"], found.circuit.original) or pytest.fail("it is in the file")
+    assert torch.equal(again.tokens, data.split(0.5, 0)[1].tokens)
+    with pytest.raises(InputError, match=r"reads vectors of 256 numbers \(images of 1 x 16 x 16\), and .* of 72"):
+        unweave.dissect("zoo:oriented_shapes", data=data)
 
 
 def test_plain_text_and_a_label_work_for_token_models(tmp_path: Path) -> None:
-    done = invoke("circuit", "zoo:induction", "--at", "last", "--prompts", 16, "--edges", 12, "-o", tmp_path / "c")
+    args = ["--at", "last", "--prompts", 8, "--level", "node", "--edges", 24]
+    done = invoke("circuit", "zoo:induction", *args, "-o", tmp_path / "c")
     assert done.exit_code == 0, done.output
     facts = load_results(tmp_path / "c")
-    assert facts["scope"]["n_tokens_held_out"] == 8  # one position of each
+    assert facts["scope"]["n_tokens_held_out"] == 4  # one position of each
     assert facts["scope"]["positions"] == "last"
     assert {e["kernel"] for e in facts["edges"] if "kernel" in e} == set()
-    data = unweave.load_data("zoo:induction", limit=16)
-    found = unweave.dissect("zoo:induction", data=data, edges=12, progress=False)
-    assert found.task.scope.positions == "answered"
-    assert proof_prompts(found.report["provenance"], found.circuit.original) is None
 
 
 def test_decompile_says_which_command_to_use(tmp_path: Path) -> None:
@@ -135,21 +141,31 @@ def every_edge(graph: unweave.Graph) -> list[dict[str, Any]]:
     return [{"src": node[src], "dst": node[dst], "port": port} for src, dst, port in ends]
 
 
-@pytest.mark.parametrize("name", ["resnet", "bottleneck"])
-def test_kernels_of_residual_networks_say_what_a_pulse_does(name: str) -> None:
-    """The response of a layer to one pixel of one map is that kernel, turned by half: run, not read."""
-    graph = unweave.capture(NETWORKS[name])
-    tables = kernels_between(graph)
-    layers = [graph.stages[s].nodes[0].rpartition(".map.")[0] for pair in tables for s in pair]
-    assert {layer for layer in layers if "conv" in layer}
-    for (writer, reader), kernels in tables.items():
-        to, of = (graph.stages[s].nodes[0].rpartition(".map.")[0] or "input" for s in (reader, writer))
-        assert torch.equal(kernels_into(graph, to, source=of), kernels)
-    rows = with_kernels(graph, every_edge(graph))
-    for row in rows:
-        table = tables.get((graph.where[graph.nodes[row["src"]]][0], graph.where[graph.nodes[row["dst"]]][0]))
-        assert ("kernel" in row) == (table is not None)
-    assert any("kernel" not in row and graph.nodes[row["dst"]] != "output" for row in rows) == (name == "resnet")
+def test_kernels_of_residual_networks_hold_their_norms_and_skips() -> None:
+    model = networks()["resnet"]
+    graph, net = unweave.capture(model), model[1]
+
+    def folded(convolution: nn.Conv2d, norm: nn.BatchNorm2d) -> torch.Tensor:
+        return convolution.weight * (norm.weight / (norm.running_var + norm.eps).sqrt())[:, None, None, None]
+
+    plain, strided = net.layer1[0], net.layer2[0]
+    own = {
+        ("input", "conv1"): folded(net.conv1, net.bn1),
+        ("conv1", "layer1.0.conv1"): folded(plain.conv1, plain.bn1),
+        ("layer1.0.conv1", "layer1.0.conv2"): folded(plain.conv2, plain.bn2),
+        ("layer1.0.conv2", "layer2.0.conv1"): folded(strided.conv1, strided.bn1),
+        ("layer1.0.conv2", "layer2.0.conv2"): folded(*strided.downsample),
+        ("layer2.0.conv1", "layer2.0.conv2"): folded(strided.conv2, strided.bn2),
+    }
+    seen = set()
+    for row in with_kernels(graph, every_edge(graph)):
+        (src, _, i), (dst, _, j) = (graph.nodes[row[end]].partition(".map.") for end in ("src", "dst"))
+        # the identity of the first block only carries maps on
+        assert ("kernel" in row) == ((src, dst) in own)
+        if "kernel" in row:
+            assert torch.allclose(torch.tensor(row["kernel"]), own[src, dst][int(j), int(i)], rtol=1e-3, atol=1e-6)
+            seen.add((src, dst))
+    assert seen == set(own)
 
 
 class TwoWays(nn.Module):
@@ -167,7 +183,7 @@ class TwoWays(nn.Module):
 
 def test_an_edge_of_two_convolutions_has_no_one_kernel() -> None:
     graph = unweave.capture(nn.Sequential(nn.Unflatten(1, (2, 6, 6)), TwoWays()))
-    assert [key for key in kernels_between(graph)] == [(0, 1)]
+    assert list(kernels_between(graph)) == [(0, 1)]
     with pytest.raises(InputError, match="through several convolutions at once"):
         kernels_into(graph, "second")
 
@@ -184,9 +200,9 @@ def test_pictures_are_bounded_and_need_whole_maps(monkeypatch: pytest.MonkeyPatc
     assert sum("kernel" in row for row in rows) == 4  # of 25 weights each
     assert not any("kernel" in edge for edge in edges)  # what was given is left as it was
     monkeypatch.undo()
-    finer = graph.refine({"conv1.map.0": 4})
-    found = [finer.nodes[row["dst"]] for row in with_kernels(finer, every_edge(finer)) if "kernel" in row]
-    assert found == []
+    small = (nn.Conv2d(1, 2, 3), nn.ReLU(), nn.Conv2d(2, 2, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8, 2))
+    finer = unweave.capture(nn.Sequential(nn.Unflatten(1, (1, 6, 6)), *small)).refine({"conv1.map.0": 4})
+    assert not any("kernel" in row for row in with_kernels(finer, every_edge(finer)))
     assert {page_kind(stage) for stage in unweave.capture("zoo:induction").stages} == {"embed", "attn", "unembed"}
 
 
@@ -290,8 +306,8 @@ def test_the_table_draws_every_kernel_on_one_scale(open_page: Any, folder: Path,
 def test_a_map_shows_its_kernels_and_the_page_fits(
     open_page: Any, folder: Path, results: dict[str, Any], width: int, scheme: str
 ) -> None:
-    page = open_page(folder / "report.html", width, scheme, "#node=conv1.map.2")
-    node = next(i for i, n in enumerate(results["nodes"]) if n["name"] == "conv1.map.2")
+    node = next(e["dst"] for e in results["edges"] if e["kept"] and results["nodes"][e["src"]]["name"] == "input")
+    page = open_page(folder / "report.html", width, scheme, f"#node={results['nodes'][node]['name']}")
     kept = [e for e in results["edges"] if e["kept"] and node in (e["src"], e["dst"])]
     assert len(kept) >= 2
     assert page.locator("#panel .kernel").count() == 1 + min(8, len(kept) - 1)
@@ -326,7 +342,7 @@ def test_hostile_kernels_do_no_harm(open_page: Any, tmp_path: Path) -> None:
     page = open_page(write_report(data, tmp_path / "hostile.html"))
     assert page.locator("#edge-table .kernel").count() == 200
     assert page.locator("#edge-table [aria-label*='no number']").count() == 1
-    odd = page.locator("#edge-table [aria-label*='+1.0×10³⁰⁸']")
+    odd = page.locator("#edge-table [aria-label*='+1×10³⁰⁸']")
     assert drawn(odd) == {(0, 0): 1.0, (0, 1): -1.0}
     assert json.dumps(data["edges"][3]["kernel"]) == "[[0.0]]"
     write_report({**data, "edges": data["edges"][:1]}, tmp_path / "one.html")

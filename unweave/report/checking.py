@@ -65,7 +65,7 @@ def _check_edges(edges: list[EdgeFacts], n_nodes: int) -> None:
             _check_kernel(f"edges[{i}].kernel", edge["kernel"])
 
 
-def _check_kernel(where: str, rows: list[list[Number]]) -> None:
+def _check_kernel(where: str, rows: list[list[Any]]) -> None:
     widths = {len(row) for row in rows}
     if len(widths) != 1 or not 1 <= max(widths) <= MAX_KERNEL or len(rows) > MAX_KERNEL:
         got = f"got {len(rows)} rows of {', '.join(map(str, sorted(widths)[:4])) or 'nothing'}"

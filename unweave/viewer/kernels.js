@@ -23,7 +23,7 @@ export function kernelPicture(edge, side = PICTURE) {
   const high = edge.kernel.length, wide = edge.kernel[0].length, pixel = Math.max(1, Math.floor(side / Math.max(high, wide))), shades = new Map();
   edge.kernel.forEach((row, y) => row.forEach((w, x) => {
     if (!known(w)) return;
-    const shade = largest > 0 ? Math.round((SHADES * w) / largest) : 0;
+    const shade = largest > 0 ? Math.round(SHADES * (w / largest)) : 0;
     shades.set(shade, [...(shades.get(shade) ?? []), [x, y]]);
   }));
   const weights = weightsOf(edge), range = weights.length ? `${signed(Math.min(...weights))} to ${signed(Math.max(...weights))}` : "no number";
