@@ -36,7 +36,7 @@ export const kernelLegend = () => el("span", { class: "kernel-legend", "data-tip
 export function startKernels() {
   if (!hasKernels) return;
   $("graph-note").textContent = "Read it from the bottom up: a node is a feature map, and an edge between two maps is a kernel, which the later one slides over the earlier. Its width is what it is worth, in nats of output per image. A click on a map shows its kernels.";
-  $("edge-filter").placeholder = "Filter, e.g. conv1 conv2.map.3";
+  $("edge-filter").placeholder = "Filter, e.g. conv2.map.3";
   $("kernel-legend").replaceChildren(kernelLegend());
   $("kernel-legend").hidden = false;
 }
