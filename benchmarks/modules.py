@@ -34,13 +34,14 @@ from unweave.graph import Graph
 from unweave.modules.ablating import ablate_modules
 from unweave.modules.communication import Communication
 from unweave.modules.criterion import possible_pairs
+from unweave.modules.found import Modules
 from unweave.modules.grouping import group_neurons
 from unweave.modules.interfaces import measure_interfaces
 from unweave.modules.nulls import shuffle_weights
 from unweave.modules.participation import reuse
 from unweave.modules.partition import Partition
 from unweave.modules.partitioners import PARTITIONERS
-from unweave.modules.search import Modules, find_modules, modules_of
+from unweave.modules.search import find_modules, modules_of
 from unweave.modules.swapping import swap_interfaces
 from unweave.modules.widths import measured_width
 from unweave.scope import Scope

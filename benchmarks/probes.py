@@ -19,6 +19,7 @@ from unweave.files import read_json, write_json
 from unweave.graph import Graph
 from unweave.probes import Concept, probe_effect, probe_table
 from unweave.scope import Scope
+from unweave.storage import finite
 from unweave.zoo import ToyTransformer, brackets
 
 SEEDS = 3
@@ -110,7 +111,7 @@ def main() -> None:
         graphs = trained(seed)
         for part in parts:
             result[part] += when(seed, graphs) if part == "when" else used(seed, graphs[max(graphs)])
-        write_json(RESULTS / "probes.partial.json", result)
+        write_json(RESULTS / "probes.partial.json", finite(result))
     path = RESULTS / "probes.json"
     kept = {part: rows for part, rows in read_json(path).items() if part in SUMMARIES} if path.exists() else {}
     found = {part: summary(rows, *SUMMARIES[part]) for part, rows in result.items()}

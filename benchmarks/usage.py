@@ -38,10 +38,11 @@ from unweave.ablation import Replacement
 from unweave.capture import load_model, load_tokenizer
 from unweave.circuits import Circuit
 from unweave.circuits.curve import faithfulness_of
-from unweave.circuits.distance import bootstrap, per_prompt
+from unweave.circuits.distance import per_prompt
 from unweave.data import TokenData
-from unweave.drivers.descriptions import describe_values
+from unweave.drivers.describing import describe_values
 from unweave.graph import Graph
+from unweave.intervals import bootstrap
 from unweave.pipeline import token_strings
 from unweave.sampling import (
     LEVELS,

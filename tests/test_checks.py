@@ -172,6 +172,23 @@ def test_other_files_are_refused_and_errors_say_where(tmp_path: Path) -> None:
 # ---- the commands ---------------------------------------------------------------------------------------
 
 
+def test_an_edit_that_is_asked_for_is_on_the_page(folder: Path, tmp_path: Path) -> None:
+    done = invoke("edit", folder, "--scale", "blocks.1.attn.head.1=0", "--held-out", 8, "-o", tmp_path / "edited")
+    assert done.exit_code == 0, done.output
+    point = load_checks(folder)["edits"]["points"][-1]
+    assert point["edit"] == "ScaleHead blocks.1.attn.head.1"
+    assert point["true"] == pytest.approx(point["graph"], rel=0.3)
+    assert abs(point["gradient"]) < 0.1 < point["true"]  # the readout is saturated: small changes tell nothing
+    assert f"{point['true']:+.4f}" in done.output
+    assert invoke("validate", folder, "--sequences", 16, "--edits", 3, "--top", 0).exit_code == 0
+    facts = load_checks(folder)["edits"]
+    assert point in facts["points"]
+    assert len(facts["points"]) == 10  # random ones do not replace it
+    assert invoke("report", folder, "-o", tmp_path / "r.html").exit_code == 0
+    for name in ("validation", "edits"):
+        (folder / f"{name}.json").unlink()
+
+
 def test_the_commands_write_what_the_page_shows(folder: Path, tmp_path: Path) -> None:
     done = invoke(
         "validate", folder, "--sequences", 16, "--by", r"low=\[[0-9]\]", "--by", "answered", "--edits", 3, "--top", 2
@@ -205,13 +222,13 @@ def test_the_commands_write_what_the_page_shows(folder: Path, tmp_path: Path) ->
 
 
 @pytest.mark.parametrize(
-    ("ablation", "positions"), [("mean", "together"), ("resample", "together"), ("counterfactual", "apart")]
+    ("ablation", "positions"), [("mean", "together"), ("resample", "together"), ("counterfactual", "named")]
 )
 def test_a_circuit_is_held_against_the_model_on_the_prompts_of_its_proof(
     tmp_path: Path, ablation: str, positions: str
 ) -> None:
     how = {"ablation": ablation, "positions": positions}
-    found = unweave.dissect("zoo:induction", "induction", prompts=24, edges=20, **how)
+    found = unweave.dissect("zoo:induction", "induction", prompts=16, edges=12, **how)
     found.save(tmp_path / "c")
     done = invoke("validate", tmp_path / "c", "--top", 1)
     assert done.exit_code == 0, done.output
@@ -229,23 +246,6 @@ def test_a_circuit_is_held_against_the_model_on_the_prompts_of_its_proof(
         assert invoke("validate", tmp_path / "c", "--other", "zoo:induction", "--sequences", 8).exit_code == 0
         sets = {row["data"] for row in load_checks(tmp_path / "c")["validation"]["rows"]}
         assert sets == {"proof", "zoo:induction"}
-
-
-def test_an_edit_that_is_asked_for_is_on_the_page(folder: Path, tmp_path: Path) -> None:
-    done = invoke("edit", folder, "--scale", "blocks.1.attn.head.1=0", "--held-out", 8, "-o", tmp_path / "edited")
-    assert done.exit_code == 0, done.output
-    point = load_checks(folder)["edits"]["points"][-1]
-    assert point["edit"] == "ScaleHead blocks.1.attn.head.1"
-    assert point["true"] == pytest.approx(point["graph"], rel=0.3)
-    assert abs(point["gradient"]) < 0.1 < point["true"]  # the readout is saturated: small changes tell nothing
-    assert f"{point['true']:+.4f}" in done.output
-    assert invoke("validate", folder, "--sequences", 16, "--edits", 3, "--top", 0).exit_code == 0
-    facts = load_checks(folder)["edits"]
-    assert point in facts["points"]
-    assert len(facts["points"]) == 10  # random ones do not replace it
-    assert invoke("report", folder, "-o", tmp_path / "r.html").exit_code == 0
-    for name in ("validation", "edits"):
-        (folder / f"{name}.json").unlink()
 
 
 def test_more_data_and_an_alarm(folder: Path, tmp_path: Path, pair: Any) -> None:

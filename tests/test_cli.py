@@ -144,7 +144,7 @@ def test_debug_shows_the_traceback():
 
 
 def test_ctrl_c_leaves_nothing_behind(tmp_path, monkeypatch):
-    import unweave.pipeline as pipeline
+    import unweave.pipeline.decompiling as pipeline
 
     def interrupt(*args, **kwargs):
         raise KeyboardInterrupt

@@ -14,8 +14,8 @@ from unweave.capture import capture
 from unweave.compression import channel_moments, refine_factors
 from unweave.compression.allocation import Budgeter, compress, mean_divergence
 from unweave.compression.baselines import activation_svd, fisher_rows, pca_slicing, plain_svd, row_fisher_svd
-from unweave.compression.channels import QueryKeyPart, ValueOutputPart
 from unweave.compression.factors import compensated_write, eliminate_neurons, pivot, root, spectrum, to_map, worth
+from unweave.compression.head_parts import QueryKeyPart, ValueOutputPart
 from unweave.data import float_data, from_tensor
 from unweave.errors import InputError, NonFiniteError
 from unweave.execution import run

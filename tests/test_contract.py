@@ -33,6 +33,7 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 LAYERS = (
     "errors",
     "progress",
+    "intervals",
     "tree",
     "files",
     "ops",

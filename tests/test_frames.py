@@ -27,7 +27,7 @@ from unweave.drivers.directions import Directions
 from unweave.drivers.examples import Examples, Picked
 from unweave.drivers.holding import HeldEffect
 from unweave.errors import InputError, UnknownNameError
-from unweave.evaluation import Estimate, Faithfulness
+from unweave.evaluation import Faithfulness
 from unweave.falsification import EditTable, PredictionRow, Scrubbed, Validation
 from unweave.falsification.discarding import DiscardCost
 from unweave.features.comparison import FeatureRow
@@ -36,6 +36,7 @@ from unweave.frames import to_frame
 from unweave.hypotheses.alignment import Location
 from unweave.hypotheses.interchange import Accuracy, Interchange
 from unweave.hypotheses.search import AlignmentSearch, Candidate
+from unweave.intervals import Estimate
 from unweave.modules import centralisation
 from unweave.modules.ablating import Ablated, ModuleEffects
 from unweave.modules.centrality import AgainstNull
@@ -71,6 +72,7 @@ PLAIN = {
         "baseline",
         "control",
         "selectivity",
+        "gain",
         "similarity",
         "margin",
         "kl_recovered",

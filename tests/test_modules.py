@@ -33,7 +33,8 @@ from unweave.modules.partitioners import (
     sbm_partitions,
     spectral_partitions,
 )
-from unweave.modules.search import NullTest, _test, find_modules, modules_of
+from unweave.modules.search import find_modules, modules_of
+from unweave.modules.significance import NullTest, null_test
 from unweave.scope import Scope
 from unweave.scoring import score_edges
 
@@ -406,12 +407,12 @@ def test_networks_without_modules_keep_each_tensors_numbers_and_nothing_else(cha
 
 def test_p_and_z_are_those_of_counting():
     found = [0.1, 0.5, 0.3, 0.4]
-    test = _test("rewired", "modularity", 0.4, found)
+    test = null_test("rewired", "modularity", 0.4, found)
     assert isinstance(test, NullTest)
     assert (test.p, test.percentile, test.n_null) == (3 / 5, 50.0, 4)
     assert math.isclose(test.z, (0.4 - np.mean(found)) / np.std(found, ddof=1))
-    assert _test("rewired", "n_cut", 0.1, found).p == 2 / 5  # there little is good
-    assert math.isnan(_test("rewired", "modularity", 0.4, [0.2, 0.2]).z)
+    assert null_test("rewired", "n_cut", 0.1, found).p == 2 / 5  # there little is good
+    assert math.isnan(null_test("rewired", "modularity", 0.4, [0.2, 0.2]).z)
 
 
 @pytest.mark.parametrize("chain", [False, True])

@@ -25,9 +25,9 @@ from unweave.circuits import faithfulness_curve
 from unweave.circuits.curve import FaithfulnessCurve
 from unweave.dissection import Prediction
 from unweave.errors import InputError, UnknownNameError
-from unweave.evaluation import Estimate
 from unweave.falsification import Hypothesis, scrub
 from unweave.hypotheses.interchange import Accuracy, Interchange
+from unweave.intervals import Estimate
 from unweave.plots.style import COLOURS, GREY, log_norm, plain, styles
 from unweave.sampling import record_usage
 from unweave.statistics import replacement

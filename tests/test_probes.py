@@ -213,6 +213,10 @@ def test_the_online_code_is_its_definition():
     assert found.uniform_bits == 64.0
     assert found.bits_per_label == pytest.approx(bits / 64, rel=1e-4)
     assert found.compression == pytest.approx(64 / bits, rel=1e-4)
+    frequent = -sum(math.log2((label == value).double().mean()) for value in label.tolist())
+    assert found.frequency_bits == pytest.approx(frequent)
+    assert found.saved == pytest.approx(1 - bits / frequent, rel=1e-4)
+    assert math.isnan(online_code(x, torch.zeros(64, dtype=torch.long), 2).saved)
 
 
 def test_labels_at_random_are_not_compressed_and_clear_ones_are():
@@ -344,6 +348,35 @@ def test_brokenness_comes_with_depth_and_training(dyck):
     with pytest.raises(UnknownNameError):
         found.find("broken", last, 7)
     assert {"concept", "step", "layer", "score_low", "selectivity"} <= set(found.table()[0])
+
+
+def test_gains_are_shares_of_the_errors_of_saying_the_commonest(induction, induction_data):
+    train, held = induction_data.split(0.5)
+    rare = Concept("rare", lambda batch: (batch.inputs < 4).long(), classes=2)
+    row = probe_table(induction, [rare], train, held, places=["blocks.0.attn"]).rows[0]
+    control = control_task(rare, train)
+    for concept, score, gain in ((rare, row.score.value, row.gain), (control, row.control, row.control_gain)):
+        values = [concept.values(next(data.batches(len(data)))) for data in (train, held)]
+        (label, said), (asked, real) = values
+        commonest = int(label[said].double().mean() > 0.5)
+        wrong = float((asked[real] != commonest).double().mean())
+        assert gain == pytest.approx(1 - (1 - score) / wrong)
+    assert row.control_baseline == pytest.approx(1 - wrong)
+    assert row.control_baseline != pytest.approx(row.baseline)
+    (plain,) = probe_table(induction, [rare], train, held, places=["blocks.0.attn"], control=None).table()
+    assert plain["gain"] == pytest.approx(row.gain)
+    assert math.isnan(plain["control_gain"])
+    assert math.isnan(plain["control_baseline"])
+
+
+def test_labels_are_dealt_again_where_all_tokens_got_the_same():
+    data = from_tensor(torch.tensor([[0, 1, 0, 1], [1, 0, 1, 1]]))
+    zero = Concept("zero", lambda batch: (batch.inputs == 0).long(), classes=2)
+    for seed in range(8):
+        value, _ = control_task(zero, data, seed=seed).values(next(data.batches(2)))
+        assert len(value.unique()) == 2
+    with pytest.raises(InputError, match="the same random label"):
+        control_task(Concept("one", lambda batch: torch.where(batch.inputs == 0, 0, -1), classes=2), data)
 
 
 def test_tables_with_logistic_probes_and_codes(dyck):

@@ -22,7 +22,7 @@ from unweave.features import (
     measure_activity,
     polysemanticity,
 )
-from unweave.features.quantities import activity_from, activity_sums
+from unweave.features.activity import activity_from, activity_sums
 from unweave.scope import Scope, divergence
 from unweave.statistics import merge
 

@@ -9,7 +9,10 @@ import numpy as np
 import pytest
 import torch
 from scipy.stats import spearmanr
+from tokenizers import Tokenizer
+from tokenizers.models import BPE
 from torch import Tensor
+from transformers import PreTrainedTokenizerFast
 
 import unweave
 from unweave import zoo
@@ -19,6 +22,7 @@ from unweave.errors import EmptyDataError, InputError, ShapeError, UnknownNameEr
 from unweave.execution import check_inputs, run, trace
 from unweave.features import collect_activations, find_basis
 from unweave.graph import Graph
+from unweave.modules.nulls import NETWORK_NULLS
 from unweave.retrodiction import head_matching
 from unweave.retrodiction.claims import over_pairs, pair_interval
 from unweave.retrodiction.induction import _chance, _right, phase_window
@@ -31,6 +35,7 @@ from unweave.universality import (
     cross_moments,
     fit_stitch,
     linear_cka,
+    load_aligned,
     match,
     match_features,
     mean_max_cosine,
@@ -224,6 +229,27 @@ def test_edges_map_in_other_coordinates() -> None:
     assert [row["b"] for row in found.table()] == list(found.of.values())
 
 
+def test_p_of_a_pair_counts_matches_with_noise_of_its_kind() -> None:
+    model, data = zoo.load("induction"), unweave.load_data("zoo:induction", limit=8)
+    assert isinstance(model, ToyTransformer)
+    graph = capture(model)
+    found = match(graph, graph, data, nulls=3, seed=1, edges=False, by="patterns")
+    generator, drawn = torch.Generator().manual_seed(1), []
+    for _ in range(3):
+        noise = NETWORK_NULLS["shuffled"](graph, generator)
+        s = similarities(graph, noise, data, by="patterns")["attn"].tolist()
+        pairs = max(
+            (list(enumerate(order)) for order in itertools.permutations(range(4))),
+            key=lambda chosen: sum(s[i][j] for i, j in chosen),
+        )
+        drawn += [s[i][j] for i, j in pairs]
+    assert found.null_pairs["attn"] == pytest.approx(drawn)
+    for pair in (*found.pairs, found.pairs[0]._replace(similarity=sorted(drawn)[3] - 1e-6)):
+        assert found.p_of(pair) == (1 + sum(value >= pair.similarity for value in drawn)) / 13
+    without = match(graph, graph, data, edges=False, by="patterns")
+    assert np.isnan(without.p_of(without.pairs[0]))
+
+
 def test_neurons_in_another_order() -> None:
     model = zoo.load("two_tasks")
     order = torch.randperm(32, generator=torch.Generator().manual_seed(3))
@@ -360,6 +386,38 @@ def two_tokenizations() -> tuple[TokenData, TokenData]:
         return from_tensor(tokens, torch.arange(width) < torch.tensor([len(r) for r in ids])[:, None])
 
     return align_tokens(data(letters), letters, data(pairs), pairs)
+
+
+def letters_and_pairs() -> tuple[PreTrainedTokenizerFast, PreTrainedTokenizerFast]:
+    """One tokenizer of single letters, one that also has "ab"."""
+    letters = {"a": 0, "b": 1, "c": 2}
+    made = (BPE(letters, []), BPE({**letters, "ab": 3}, [("a", "b")]))
+    return tuple(PreTrainedTokenizerFast(tokenizer_object=Tokenizer(model)) for model in made)  # type: ignore[return-value]
+
+
+def test_texts_are_cut_by_one_tokenizer_and_aligned_with_the_other(tmp_path) -> None:
+    file = tmp_path / "texts.jsonl"
+    texts = ["abcab", "ccabc", "b", "ca", "abc"]
+    file.write_text("".join(f'{{"text": "{text}"}}\n' for text in texts))
+    one, two = letters_and_pairs()
+    a, b = load_aligned(file, one, two, context=4, limit=3)
+    assert a.tokens.tolist() == [[0, 1, 2, 0], [2, 2, 0, 1], [2, 0, 0, 0]]  # "b" and what is left of a text is dropped
+    assert a.mask.sum(1).tolist() == [4, 4, 2]
+    assert b.tokens.tolist() == [[3, 2, 0], [2, 2, 3], [2, 0, 0]]
+    assert a.labels["unit"].tolist() == [[0, 0, 1, 2], [0, 1, 2, 2], [0, 1, -1, -1]]
+    assert b.labels["unit"].tolist() == [[0, 1, 2], [0, 1, 2], [0, 1, -1]]
+    a, b = load_aligned(file, two, one, context=2, context_b=2, limit=2)
+    assert a.tokens.tolist() == [[3, 2], [2, 2]]
+    assert b.tokens.tolist() == [[0, 1], [2, 2]]  # of "abc" what B's context holds
+    assert a.labels["unit"].tolist() == [[0, -1], [0, 1]]
+    with pytest.raises(InputError, match="fast tokenizer"):
+        load_aligned(file, one, object(), context=4, limit=3)
+    with pytest.raises(EmptyDataError, match="no text of two tokens"):
+        (tmp_path / "short.txt").write_text("a")
+        load_aligned(tmp_path / "short.txt", one, two, context=4, limit=3)
+    (tmp_path / "ids.jsonl").write_text('{"tokens": [0, 1]}\n')
+    with pytest.raises(InputError, match="holds token ids"):
+        load_aligned(tmp_path / "ids.jsonl", one, two, context=4, limit=3)
 
 
 def test_units_of_two_tokenizers() -> None:

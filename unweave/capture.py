@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +24,7 @@ from unweave.zoo.tracr import load_tracr
 # a dot alone does not make a file: hub names have version numbers ("Qwen/Qwen2.5-0.5B")
 FILE_SUFFIXES = (".bin", ".gguf", ".json", ".npz", ".pt", ".pth", ".safetensors")
 
-__all__ = ["capture", "load_model", "load_tokenizer", "model_logits"]
+__all__ = ["capture", "load_model", "load_tokenizer", "model_logits", "quiet_transformers"]
 
 # largest |logit difference| accepted by the check of a capture, as a share of the largest logit; Hugging Face
 # computes norms and some attention scores in float32 even in models of float64
@@ -193,22 +195,31 @@ def _read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def _load_hugging_face(name: str) -> nn.Module:
-    from transformers import AutoModelForCausalLM
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Within it, transformers draws no bars and warns of nothing: what matters is checked and said by us."""
     from transformers.utils import logging
 
     level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     try:
-        # trust_remote_code stays off: a model folder must not be able to run code
-        loaded: Any = AutoModelForCausalLM.from_pretrained(name, dtype="auto", output_loading_info=True)
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        raise StorageError(f"{name}: cannot load this model: {str(error).splitlines()[0]}") from error
+        yield
     finally:
         logging.set_verbosity(level)
         if bars:
             logging.enable_progress_bar()
+
+
+def _load_hugging_face(name: str) -> nn.Module:
+    from transformers import AutoModelForCausalLM
+
+    try:
+        with quiet_transformers():
+            # trust_remote_code stays off: a model folder must not be able to run code
+            loaded: Any = AutoModelForCausalLM.from_pretrained(name, dtype="auto", output_loading_info=True)
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        raise StorageError(f"{name}: cannot load this model: {str(error).splitlines()[0]}") from error
     model, report = loaded
     missing = sorted(report.get("missing_keys", []))
     if missing:

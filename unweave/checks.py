@@ -7,9 +7,9 @@ from typing import Any
 
 from unweave.audit import AnomalyScore, Audit, Triggers
 from unweave.data import TokenData
-from unweave.evaluation import Estimate
 from unweave.falsification import Edit, EditTable, Hypothesis, Scrubbed, Several, Validation
 from unweave.falsification.validation import CANDIDATE
+from unweave.intervals import Estimate
 from unweave.report.checks import (
     AlarmFacts,
     AuditFacts,

@@ -9,17 +9,17 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
 from unweave.ablation import Means, batch_trace, counterfactual_trace
 from unweave.data import Batch, TokenData
 from unweave.errors import EmptyDataError
 from unweave.graph import CHANNEL_KINDS, Graph
+from unweave.intervals import Estimate, divide, interval_of, resampled_sums
 from unweave.progress import track
 from unweave.scope import Scope, divergence, loss, position_mask
 
-__all__ = ["ALL", "FLOOR", "Estimate", "Faithfulness", "evaluate", "evaluate_parts", "mean_ablated"]
+__all__ = ["ALL", "FLOOR", "Faithfulness", "evaluate", "evaluate_parts", "mean_ablated"]
 
 # the part that is every position of the scope, and the graph that recovers none of the loss
 ALL = "all"
@@ -27,18 +27,6 @@ FLOOR = "every channel at its mean"
 
 # per-token divergences are counted in bins of equal width on a log scale: quantiles good to 1%, memory flat
 BINS = np.logspace(-9, 3, 2401)
-
-
-class Estimate(NamedTuple):
-    """A mean with its 95% interval (bootstrap over sequences)."""
-
-    value: float
-    low: float
-    high: float
-
-    def columns(self, name: str) -> dict[str, float]:
-        """Three columns of a table: the name alone for the value, with ``_low`` and ``_high`` for the ends."""
-        return {name: self.value, f"{name}_low": self.low, f"{name}_high": self.high}
 
 
 @dataclass(frozen=True)
@@ -180,14 +168,8 @@ def evaluate_parts(
 
 
 def _summaries(tallies: Mapping[str, _Tally], seed: int) -> dict[str, Faithfulness]:
-    totals = {name: _resampled(np.concatenate(t.per_sequence), seed) for name, t in tallies.items()}
+    totals = {name: resampled_sums(np.concatenate(t.per_sequence), seed) for name, t in tallies.items()}
     return {name: _summary(totals[name], totals["original"], totals.get(FLOOR), t) for name, t in tallies.items()}
-
-
-def _resampled(table: np.ndarray, seed: int) -> Float[np.ndarray, "draws columns"]:
-    """Column sums over all sequences, then over 500 bootstrap draws of them: the same ones for every graph."""
-    rng, n = np.random.default_rng(seed), len(table)
-    return np.stack([table.sum(0), *(table[rng.integers(0, n, n)].sum(0) for _ in range(500))])
 
 
 def mean_ablated(graph: Graph, means: Means) -> Graph:
@@ -247,17 +229,17 @@ def _keep_worst(t: _Tally, batch: Batch, tokens: _Tokens, kl: Tensor, n: int) ->
 
 def _summary(sums: np.ndarray, best: np.ndarray, floor: np.ndarray | None, t: _Tally) -> Faithfulness:
     def ratio(top: int, bottom: int, table: np.ndarray = sums) -> np.ndarray:
-        return np.asarray(table[:, top] / np.maximum(table[:, bottom], 1e-12))
+        return divide(table[:, top], table[:, bottom])
 
     recovered = np.full(len(sums), np.nan)
     if floor is not None:
         worst, perfect = ratio(3, 4, floor), ratio(3, 4, best)
-        np.divide(worst - ratio(3, 4), worst - perfect, out=recovered, where=worst > perfect)
+        recovered = divide(worst - ratio(3, 4), np.maximum(worst - perfect, 0))
     return Faithfulness(
-        _estimate(ratio(0, 1)),
-        _estimate(ratio(3, 4)),
-        _estimate(ratio(2, 1)),
-        _estimate(recovered),
+        interval_of(ratio(0, 1)),
+        interval_of(ratio(3, 4)),
+        interval_of(ratio(2, 1)),
+        interval_of(recovered),
         _quantile(t, 0.99),
         _quantile(t, 0.999),
         t.top,
@@ -265,12 +247,6 @@ def _summary(sums: np.ndarray, best: np.ndarray, floor: np.ndarray | None, t: _T
         sum(len(rows) for rows in t.per_sequence),
         t.n_tokens,
     )
-
-
-def _estimate(values: Float[np.ndarray, " draws"]) -> Estimate:
-    """The first value, with the interval of the others."""
-    low, high = np.quantile(values[1:], [0.025, 0.975])
-    return Estimate(float(values[0]), float(low), float(high))
 
 
 def _quantile(t: _Tally, q: float) -> float:

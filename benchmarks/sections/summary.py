@@ -105,14 +105,34 @@ def _certificates() -> list[str] | None:
     result = load("certificates")
     if result is None:
         return None
-    rows = [r for r in result["boxes"] if r["quantity"] == "output" and r["bound"] > 1e-6]
-    ours, other = (sorted(r[key] for r in rows) for key in ("bound_to_worst", "intervals_to_worst"))
+    rows = {q: [r for r in result["boxes"] if r["quantity"] == q and r["bound"] > 1e-6] for q in ("output", "kl")}
+
+    def spread(key: str) -> str:
+        figures = [sorted(r[key] for r in some) for some in rows.values()]
+        return "; ".join(f"{f[0]:,.1f} to {f[-1]:,.1f}" for f in figures)
+
+    n = len(rows["output"])
     return [
-        f"Certified distance of graph and model over boxes of inputs, {len(rows)} graphs: bound / worst point found",
-        f"{ours[0]:.1f} to {ours[-1]:.1f}",
-        f"interval propagation {other[0]:,.0f} to {other[-1]:,.0f}",
+        f"Certified distance of {n} graphs from their models over boxes of inputs: bound / worst found, logits; KL",
+        spread("bound_to_worst"),
+        f"interval propagation {spread('intervals_to_worst')}",
         result["command"],
     ]
+
+
+def _audit() -> list[str] | None:
+    result = load("audit")
+    if result is None:
+        return None
+    place = "Mahalanobis, before unembed"
+    ours: dict[str, list[float]] = {}
+    other: dict[str, list[float]] = {}
+    for row in (r for r in result["rows"] if "baselines" in r):
+        ours.setdefault(row["secret"], []).append(row["unweave"][result["main"]]["auroc"][0])
+        other.setdefault(row["secret"], []).append(row["baselines"]["all"][place][0])
+    texts = ["; ".join(f"{sum(v) / len(v):.3f}" for v in means.values()) for means in (ours, other)]
+    what = f"Texts that hold a planted secret told from clean ones ({'; '.join(ours)}): AUROC, mean of 3 models each"
+    return [what, texts[0], f"Mahalanobis distance {texts[1]}", result["command"]]
 
 
 def _exactness() -> list[str] | None:
@@ -143,12 +163,12 @@ def _universality() -> list[str] | None:
     if result is None or "induction" not in result["rooms"]:
         return None
     rows = {way: row["right"]["value"] for way, row in result["rooms"]["induction"]["rows"].items() if row.get("right")}
-    other = max(("cka", "svcca", "procrustes"), key=lambda way: rows[way])
+    other = max(("cka", "svcca", "procrustes"), key=lambda way: rows[f"{way}, nearest"])
     networks = len(result["rooms"]["induction"]["networks"])
     return [
-        f"Heads of induction matched across {networks} networks of 8 heads: share with the same role",
-        f"{rows['behaviour']:.2f} (chance {rows['random']:.2f})",
-        f"{other} {rows[other]:.2f}",
+        f"Heads of induction, each matched with the nearest of 8 in {networks} networks: share with the same role",
+        f"{rows['behaviour, nearest']:.2f} (chance {rows['random']:.2f})",
+        f"{other} {rows[f'{other}, nearest']:.2f}",
         result["command"],
     ]
 
@@ -171,6 +191,7 @@ ROWS: list[Callable[[], list[str] | None]] = [
     _compression,
     _modules,
     _edits,
+    _audit,
     _certificates,
     _dictionaries,
     _universality,

@@ -11,11 +11,11 @@ import torch
 
 from unweave.ablation import Replacement
 from unweave.circuits.circuit import connected
-from unweave.circuits.distance import Prompts, bootstrap, per_prompt
+from unweave.circuits.distance import Prompts, per_prompt
 from unweave.data import TokenData
 from unweave.errors import InputError
-from unweave.evaluation import Estimate
 from unweave.graph import Graph
+from unweave.intervals import Estimate, bootstrap
 from unweave.scope import Scope
 from unweave.scoring import EdgeScores
 

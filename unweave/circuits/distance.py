@@ -17,7 +17,6 @@ from torch import Tensor
 from unweave.ablation import Replacement, batch_trace, counterfactual_trace
 from unweave.data import Batch, TokenData
 from unweave.errors import EmptyDataError, NonFiniteError
-from unweave.evaluation import Estimate
 from unweave.execution import Trace
 from unweave.files import Checkpoint
 from unweave.graph import Graph
@@ -25,7 +24,7 @@ from unweave.progress import track
 from unweave.scope import Scope, agreement, divergence, metric, position_mask
 from unweave.statistics import SECONDS_BETWEEN_CHECKPOINTS, identify
 
-__all__ = ["Distance", "Prompts", "bootstrap", "per_prompt"]
+__all__ = ["Distance", "Prompts", "per_prompt"]
 
 # what every measurement needs anew is kept between them up to this many numbers; beyond, it is computed again
 NUMBERS_KEPT = 64_000_000
@@ -175,20 +174,3 @@ def _row(scope: Scope, batch: Batch, reference: Tensor, logits: Tensor) -> np.nd
     value = metric(scope, logits, batch) if asked else torch.zeros_like(nats)
     columns = [nats, mask.sum(1), same, value]
     return torch.stack([c.double() for c in columns]).cpu().numpy()
-
-
-def bootstrap(value: Mapping[str, np.ndarray], function: object, draws: int = 500, seed: int = 0) -> Estimate:
-    """A function of sums over prompts, with its 95% interval over resampled prompts.
-
-    Args:
-        value: arrays ``[n]`` by name; the function takes their sums by name.
-    """
-    assert callable(function)
-    n = len(next(iter(value.values())))
-    rng = np.random.default_rng(seed)
-    samples = []
-    for _ in range(draws):
-        rows = rng.integers(0, n, n)
-        samples.append(function(**{k: v[rows].sum() for k, v in value.items()}))
-    low, high = np.nanquantile(samples, [0.025, 0.975])
-    return Estimate(float(function(**{k: v.sum() for k, v in value.items()})), float(low), float(high))

@@ -12,11 +12,11 @@ from torch import Tensor
 
 from unweave.circuits.circuit import Circuit
 from unweave.circuits.curve import faithfulness_of
-from unweave.circuits.distance import Prompts, bootstrap, per_prompt
+from unweave.circuits.distance import Prompts, per_prompt
 from unweave.data import TokenData
 from unweave.errors import InputError
-from unweave.evaluation import Estimate
 from unweave.graph import Graph
+from unweave.intervals import Estimate, bootstrap_ratio
 from unweave.scoring import EdgeScores, measure_edges
 
 __all__ = ["Proof", "prove", "random_edges"]
@@ -156,9 +156,9 @@ def _summary(
     as_close = sum(value <= nats["circuit"] for value in random)
     gaps = tuple(abs(f(f"circuit without {i}") - f(f"whole without {i}")) for i in range(n_subsets))
     return Proof(
-        bootstrap({"top": own_row.nats, "bottom": own_row.tokens}, _ratio, seed=seed),
+        bootstrap_ratio(own_row.nats, own_row.tokens, seed),
         faithfulness_of(full, own_row, empty, circuit.scope, seed),
-        bootstrap({"top": own_row.same, "bottom": own_row.tokens}, _ratio, seed=seed),
+        bootstrap_ratio(own_row.same, own_row.tokens, seed),
         float(nats["empty"]),
         random,
         float((1 + as_close) / (1 + n_random)),
@@ -167,10 +167,6 @@ def _summary(
         len(full.tokens),
         int(full.tokens.sum()),
     )
-
-
-def _ratio(top: float, bottom: float) -> float:
-    return top / max(bottom, 1e-12)
 
 
 def random_edges(graph: Graph, n: int, generator: torch.Generator) -> Bool[Tensor, "ports writers"]:

@@ -18,6 +18,8 @@ from unweave.cli import report  # noqa: F401
 from unweave.cli import run  # noqa: F401
 from unweave.cli import serve  # noqa: F401
 from unweave.cli import track  # noqa: F401
+from unweave.cli import match  # noqa: F401
+from unweave.cli import probe  # noqa: F401
 from unweave.cli import reproduce  # noqa: F401
 
 # isort: on

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +14,7 @@ from unweave.errors import InputError
 if TYPE_CHECKING:
     from unweave.graph import Graph
 
-__all__ = ["graph_of", "load_rows", "open_folder", "pair_of", "source_of", "words_of", "zoo_scope"]
+__all__ = ["graph_of", "load_rows", "open_folder", "pair_of", "source_of", "token_kinds", "words_of", "zoo_scope"]
 
 
 def source_of(graph: Graph) -> str:
@@ -72,6 +73,27 @@ def words_of(graph: Graph, tokenizer: Any) -> list[str]:
     from unweave.pipeline import token_strings
 
     return token_strings(tokenizer, max(graph.info.get("d_vocab", 0), graph.info["d_out"]))
+
+
+def token_kinds(by: Sequence[str], tokens: Sequence[str]) -> dict[str, str | set[int]]:
+    """Kinds of tokens by name: of LABEL=REGEX the ids whose text matches, of LABEL alone the name of the data's label.
+
+    Raises:
+        InputError: written otherwise, a name twice, or an expression that is none or matches no token.
+    """
+    from unweave.scope import Quotient
+
+    kinds: dict[str, str | set[int]] = {}
+    for text in by:
+        name, equals, pattern = text.partition("=")
+        if not name or name in kinds or (equals and not pattern):
+            raise InputError(f"a kind of token is written LABEL=REGEX, each label once, got {text!r}")
+        if not equals:
+            kinds[name] = name
+            continue
+        classes = Quotient.from_regex({name: pattern}, tokens).classes
+        kinds[name] = set((classes == 0).nonzero()[:, 0].tolist())
+    return kinds
 
 
 def load_rows(

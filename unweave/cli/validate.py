@@ -11,7 +11,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from unweave.cli.application import app, console, errors
-from unweave.cli.inputs import load_rows, pair_of, words_of, zoo_scope
+from unweave.cli.inputs import load_rows, pair_of, token_kinds, words_of, zoo_scope
 from unweave.cli.options import FISHER_SAMPLES, Context, Data, Folder, Seed
 from unweave.cli.tables import number, plain_interval, share, with_interval
 from unweave.errors import InputError
@@ -59,7 +59,7 @@ def validate(
 
         graph, original, source, tokenizer = pair_of(folder, model)
         tokens, scope = words_of(graph, tokenizer), zoo_scope(source)
-        types = _types(by or (), tokens)
+        types = token_kinds(by or (), tokens)
         proof = None if data else proof_prompts(load_results(folder).get("provenance", {}), original, tokenizer)
         sets = {
             name: load_rows(graph, source, path, tokenizer, context, sequences, held_out=True)
@@ -100,23 +100,6 @@ def _named(data: str | None, other: Sequence[str], *, first: bool) -> dict[str, 
             raise InputError(f"two data sets are called {name!r}; rename {path}")
         names[name] = path
     return names
-
-
-def _types(by: Sequence[str], tokens: Sequence[str]) -> dict[str, Any]:
-    """Kinds of tokens: by a label of the data, or those whose text matches."""
-    from unweave.scope import Quotient
-
-    types: dict[str, Any] = {}
-    for text in by:
-        name, equals, pattern = text.partition("=")
-        if not name or name in types or (equals and not pattern):
-            raise InputError(f"a kind of token is written LABEL=REGEX, each label once, got {text!r}")
-        if not equals:
-            types[name] = name
-            continue
-        classes = Quotient.from_regex({name: pattern}, tokens).classes
-        types[name] = set((classes == 0).nonzero()[:, 0].tolist())
-    return types
 
 
 def _predict_edits(graph: Any, original: Any, rows: Any, n: int, scope: Any, seed: int) -> EditsFacts:

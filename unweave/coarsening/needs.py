@@ -11,14 +11,14 @@ from pathlib import Path
 from typing import Any
 
 from unweave.circuits import find_circuit
-from unweave.circuits.distance import bootstrap, per_prompt
+from unweave.circuits.distance import per_prompt
 from unweave.coarsening.lattice import Lattice, lattice
 from unweave.compression import channel_moments, compress
 from unweave.compression.allocation import mean_divergence
 from unweave.data import TokenData
 from unweave.errors import InputError
-from unweave.evaluation import Estimate
 from unweave.graph import Edge, Graph
+from unweave.intervals import Estimate, bootstrap_ratio
 from unweave.ops import LinearMap, LowRank
 from unweave.scope import Scope, describe, require_positions
 
@@ -283,12 +283,8 @@ def needed(graph: Graph, train: TokenData, held: TokenData, scope: Scope, by: st
         share, nats = size / graph.n_channel_parameters, mean_divergence(graph, small, train, scope, search.batch_size)
         nodes = tuple(n for n in graph.nodes if small.find(n)[0].write is None or _written(small, n) > 0)
     row = per_prompt({"small": small}, graph, held, scope, **passes)["small"]
-    error = bootstrap({"nats": row.nats, "tokens": row.tokens}, _per_token, seed=seed)
+    error = bootstrap_ratio(row.nats, row.tokens, seed)
     return Need(small, by, size, share, nats, error, nodes, frozenset(edges), dimensions(small), len(held), tokens[1])
-
-
-def _per_token(nats: float, tokens: float) -> float:
-    return nats / max(tokens, 1e-12)
 
 
 # ---- dimensions -----------------------------------------------------------------------------------------

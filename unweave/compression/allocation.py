@@ -9,11 +9,12 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
-from unweave.compression.channels import Choice, Part, channel_parts
+from unweave.compression.channels import channel_parts
 from unweave.compression.compensation import sweep
 from unweave.compression.masks import Masker
 from unweave.compression.moments import ChannelMoments, channel_moments, check_matrices
 from unweave.compression.neurons import Narrowing, narrowings
+from unweave.compression.parts import Choice, Part
 from unweave.data import TokenData
 from unweave.errors import InputError
 from unweave.execution import check_inputs, trace

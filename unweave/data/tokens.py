@@ -9,12 +9,12 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
 from unweave.errors import EmptyDataError, InputError, ShapeError
 
-__all__ = ["Batch", "TokenData", "check_ids", "float_data", "from_tensor", "refuse_below"]
+__all__ = ["Batch", "TokenData", "check_ids", "float_data", "from_tensor", "refuse_below", "repeat_rows"]
 
 # rows checked or hashed at once, so that a memory-mapped data set is never read as a whole
 ROWS_AT_ONCE = 4096
@@ -43,12 +43,14 @@ class Batch:
 
     def repeat(self, copies: int) -> Batch:
         """The batch several times, one after the other."""
+        labels = {name: repeat_rows(value, copies) for name, value in self.labels.items()}
+        inputs, mask, index = (repeat_rows(x, copies) for x in (self.inputs, self.mask, self.index))
+        return Batch(inputs, mask, labels, index)
 
-        def again(x: Tensor) -> Tensor:
-            return x.repeat(copies, *([1] * (x.ndim - 1)))
 
-        labels = {name: again(value) for name, value in self.labels.items()}
-        return Batch(again(self.inputs), again(self.mask), labels, again(self.index))
+def repeat_rows(x: Shaped[Tensor, "n *rest"], copies: int) -> Shaped[Tensor, "repeated *rest"]:
+    """All rows, several times, one after the other."""
+    return x.repeat(copies, *([1] * (x.ndim - 1)))
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,15 +1,9 @@
 """What drives a node: examples of its code, tokens it reads and writes, what holding it does, scored descriptions."""
 
-from unweave.drivers.descriptions import (
-    Describer,
-    Description,
-    Descriptions,
-    Evidence,
-    Proposal,
-    describe,
-    describe_values,
-)
+from unweave.drivers.describing import describe, describe_values
+from unweave.drivers.descriptions import Description, Descriptions
 from unweave.drivers.directions import BASES, Directions, code_directions
+from unweave.drivers.evidence import Describer, Evidence, Proposal
 from unweave.drivers.examples import KINDS, Examples, Picked, collect_examples
 from unweave.drivers.holding import HeldEffect, hold, hold_patch
 from unweave.drivers.rules import CLASSES, Rule, Texts, ready_rules

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from unweave.errors import InputError
-from unweave.evaluation import Estimate
+from unweave.intervals import UNKNOWN, Estimate, divide, interval_of, resample
 
 __all__ = ["EditChanges", "EditTable", "PredictionRow", "compare_changes"]
 
@@ -154,18 +154,15 @@ def _row(
     rng: np.random.Generator,
 ) -> PredictionRow:
     t, p = true.loss, called.loss
-    draws = rng.integers(0, len(t), (DRAWS, len(t)))
+    draws = np.stack(list(resample(len(t), rng, DRAWS)))
 
     def estimate(statistic: Callable[[NDArray[np.float64], NDArray[np.float64]], NDArray[np.float64]]) -> Estimate:
-        low, high = np.nanquantile(statistic(t[draws], p[draws]), (0.025, 0.975))
-        return Estimate(float(statistic(t, p)), float(low), float(high))
+        return interval_of(statistic(t[draws], p[draws]))
 
     def share(right: NDArray[np.bool_]) -> Estimate:
-        low, high = np.quantile(right[draws].mean(-1), (0.025, 0.975))
-        return Estimate(float(right.mean()), float(low), float(high))
+        return interval_of(right[draws].mean(-1))
 
-    unknown = Estimate(float("nan"), float("nan"), float("nan"))
-    top = unknown if true.top is None or called.top is None else share(true.top == called.top)
+    top = UNKNOWN if true.top is None or called.top is None else share(true.top == called.top)
     signs = share(np.sign(t) == np.sign(p))
     return PredictionRow(
         size,
@@ -185,18 +182,13 @@ def _products(a: NDArray[np.float64], b: NDArray[np.float64]) -> NDArray[np.floa
     return np.asarray(((a - a.mean(-1, keepdims=True)) * (b - b.mean(-1, keepdims=True))).sum(-1))
 
 
-def _divide(a: NDArray[np.float64], b: NDArray[np.float64]) -> NDArray[np.float64]:
-    """NaN where nothing varies."""
-    return np.divide(a, b, out=np.full(np.shape(a), np.nan), where=b > 0)
-
-
 def _correlation(t: NDArray[np.float64], p: NDArray[np.float64]) -> NDArray[np.float64]:
-    return _divide(_products(t, p), np.asarray(np.sqrt(_products(t, t) * _products(p, p))))
+    return divide(_products(t, p), np.asarray(np.sqrt(_products(t, t) * _products(p, p))))
 
 
 def _r2(t: NDArray[np.float64], p: NDArray[np.float64]) -> NDArray[np.float64]:
-    return np.asarray(1 - _divide(np.asarray(np.square(t - p).sum(-1)), _products(t, t)))
+    return np.asarray(1 - divide(np.asarray(np.square(t - p).sum(-1)), _products(t, t)))
 
 
 def _slope(t: NDArray[np.float64], p: NDArray[np.float64]) -> NDArray[np.float64]:
-    return _divide(_products(t, p), _products(p, p))
+    return divide(_products(t, p), _products(p, p))

@@ -13,8 +13,8 @@ from torch import Tensor
 from unweave.ablation import batch_trace
 from unweave.data import TokenData
 from unweave.errors import EmptyDataError
-from unweave.evaluation import Estimate
 from unweave.graph import Graph
+from unweave.intervals import Estimate, divide, interval_of, resampled_sums
 from unweave.scope import Scope, divergence, loss, position_mask
 
 __all__ = ["DiscardCost", "discard_cost"]
@@ -94,21 +94,12 @@ def discard_cost(
     sums = torch.cat(rows).numpy() if rows else np.zeros((0, 5))
     if not sums[:, 1].sum() or not sums[:, 4].sum():
         raise EmptyDataError("the scope selects no position, or none with a next token, in the data")
-    drawn = np.random.default_rng(seed).integers(0, len(sums), (DRAWS, len(sums)))
-    totals = sums[drawn].sum(1)
-
-    def estimate(*terms: tuple[int, int, float]) -> Estimate:
-        def value(table: Any) -> Any:
-            return sum(sign * table[..., top] / np.maximum(table[..., bottom], 1) for top, bottom, sign in terms)
-
-        low, high = np.quantile(value(totals), (0.025, 0.975))
-        return Estimate(float(value(sums.sum(0))), float(low), float(high))
-
+    kl, positions, ours, models, counted = resampled_sums(sums, seed, DRAWS).T
     return DiscardCost(
-        kl_nats=estimate((0, 1, 1.0)),
-        loss_nats=estimate((2, 4, 1.0)),
-        model_loss_nats=estimate((3, 4, 1.0)),
-        cost_nats=estimate((2, 4, 1.0), (3, 4, -1.0)),
+        kl_nats=interval_of(divide(kl, positions)),
+        loss_nats=interval_of(divide(ours, counted)),
+        model_loss_nats=interval_of(divide(models, counted)),
+        cost_nats=interval_of(divide(ours, counted) - divide(models, counted)),
         numbers=graph.n_parameters / original.n_parameters,
         n_sequences=len(sums),
         n_tokens=int(sums[:, 1].sum()),

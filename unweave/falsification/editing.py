@@ -12,6 +12,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from unweave import zoo
+from unweave.capture import quiet_transformers
 from unweave.errors import InputError, StorageError, UnsupportedModelError
 from unweave.falsification.edits import Edit, RemoveDirection, ScaleHead, Several, Steer, SwapTokens
 from unweave.files import read_tensors, write_folder
@@ -106,7 +107,8 @@ def save_edited(edit: Edit, model: nn.Module, folder: str | Path, tokenizer: Any
         if isinstance(edited, ToyTransformer | nn.Sequential):
             zoo.save(edited, temporary)
             return
-        edited.save_pretrained(temporary)
+        with quiet_transformers():
+            edited.save_pretrained(temporary)
         if tokenizer is not None:
             tokenizer.save_pretrained(temporary)
 

@@ -15,13 +15,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from unweave.circuits.distance import bootstrap
 from unweave.data import Batch, TokenData
 from unweave.errors import EmptyDataError, InputError, UnknownNameError
-from unweave.evaluation import Estimate
 from unweave.execution import check_inputs, trace
 from unweave.falsification.resampling import Partners, gather
 from unweave.graph import Edge, Graph
+from unweave.intervals import Estimate, bootstrap, divide
 from unweave.progress import track
 from unweave.scope import Scope, divergence, loss, position_mask
 
@@ -370,33 +369,22 @@ def _summary(sums: np.ndarray, alone: Mapping[str, float], form: str, samples: i
         raise EmptyDataError("the scope selects no position of this data set")
 
     def estimate(function: Any, **chosen: str) -> Estimate:
-        return _estimate({name: columns[column] for name, column in chosen.items()}, function, seed)
+        return bootstrap({name: columns[column] for name, column in chosen.items()}, function, seed)
 
-    def share(loss: float, random: float, original: float) -> float:
-        return (loss - random) / (original - random)
-
-    def ratio(top: float, bottom: float) -> float:
-        return top / bottom
+    def share(loss: float, random: float, original: float) -> Any:
+        return divide(loss - random, original - random)
 
     return Scrubbed(
         loss_recovered=estimate(share, loss="loss", random="random", original="original"),
-        recovered=estimate(lambda top, bottom: 1 - top / bottom, top="nats", bottom="random_nats"),
-        loss_nats=estimate(ratio, top="loss", bottom="told"),
-        original_loss_nats=estimate(ratio, top="original", bottom="told"),
-        random_loss_nats=estimate(ratio, top="random", bottom="told"),
-        nats=estimate(ratio, top="nats", bottom="tokens"),
-        random_nats=estimate(ratio, top="random_nats", bottom="tokens"),
+        recovered=estimate(lambda top, bottom: 1 - divide(top, bottom), top="nats", bottom="random_nats"),
+        loss_nats=estimate(divide, top="loss", bottom="told"),
+        original_loss_nats=estimate(divide, top="original", bottom="told"),
+        random_loss_nats=estimate(divide, top="random", bottom="told"),
+        nats=estimate(divide, top="nats", bottom="tokens"),
+        random_nats=estimate(divide, top="random_nats", bottom="tokens"),
         alone=alone,
         form=form,
         n_samples=samples,
         n_sequences=len(sums),
         n_tokens=int(columns["tokens"].sum()),
     )
-
-
-def _estimate(columns: Mapping[str, np.ndarray], function: Any, seed: int) -> Estimate:
-    """The bootstrapped estimate; NaN where there is nothing to divide by."""
-    with np.errstate(divide="ignore", invalid="ignore"):
-        if not np.isfinite(function(**{name: values.sum() for name, values in columns.items()})):
-            return Estimate(float("nan"), float("nan"), float("nan"))
-        return bootstrap(columns, function, seed=seed)

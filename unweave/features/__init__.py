@@ -1,5 +1,6 @@
 """Bases and dictionaries of nodes, layers and the residual stream, and graphs refined by them."""
 
+from unweave.features.activity import Activity, measure_activity
 from unweave.features.bases import BASIS_KINDS, find_basis, refine_basis, rotate_sparse
 from unweave.features.comparison import (
     FeatureRow,
@@ -10,18 +11,10 @@ from unweave.features.comparison import (
 )
 from unweave.features.components import Components, Recovery, find_components, node_components, recovery
 from unweave.features.equivariance import Matches, map_responses, match_kernels, match_responses, shuffle_pixels
+from unweave.features.geometry import dimensionality, features_per_dimension, interference
+from unweave.features.importance import Importance, feature_importance
 from unweave.features.loading import Loaded, hook_of, load_dictionary, place_of, save_dictionary
-from unweave.features.quantities import (
-    Activity,
-    Importance,
-    Polysemanticity,
-    dimensionality,
-    feature_importance,
-    features_per_dimension,
-    interference,
-    measure_activity,
-    polysemanticity,
-)
+from unweave.features.polysemanticity import Polysemanticity, polysemanticity
 from unweave.features.recipes import Recipe
 from unweave.features.refining import refine_features
 from unweave.features.sites import Site, find_site

@@ -14,12 +14,12 @@ from torch import Tensor
 from unweave.data import Batch, TokenData
 from unweave.drivers import describe
 from unweave.errors import EmptyDataError, InputError
-from unweave.evaluation import Estimate
 from unweave.execution import check_inputs, trace
 from unweave.features.refining import refine_features
 from unweave.features.sites import Site, check_fits, find_site, site_trace
 from unweave.features.streaming import collect_activations
 from unweave.graph import Graph
+from unweave.intervals import Estimate, divide, interval_of, resampled_sums
 from unweave.ops import Dictionary
 from unweave.progress import track
 from unweave.scope import Scope, divergence, loss, position_mask
@@ -27,7 +27,6 @@ from unweave.statistics import Sums, accumulate
 
 __all__ = ["FeatureRow", "PrivilegedBasis", "compare_features", "describe_latents", "measure_privilege"]
 
-DRAWS = 500
 # what every row is held against
 ORIGINAL, AT_MEAN = "original", "at its mean"
 
@@ -132,7 +131,7 @@ def compare_features(
         for name, d in dictionaries.items()
     }
     losses = _losses(graph, site, scope, {**dictionaries, AT_MEAN: _constant(mean.float())}, data, options)
-    tables = _resampled(losses, seed)
+    tables = {name: resampled_sums(table, seed) for name, table in losses.items()}
     rows = {}
     for name, dictionary in dictionaries.items():
         rows[name] = _row(tables, name, sums[name], int(totals["tokens"]), dictionary.n_latents)
@@ -244,30 +243,19 @@ def _losses(
     return {name: np.concatenate(parts) for name, parts in rows.items()}
 
 
-def _resampled(
-    losses: Mapping[str, Float[np.ndarray, "sequences 4"]], seed: int
-) -> dict[str, Float[np.ndarray, "draws 2"]]:
-    """(KL, loss) per token, of all sequences and then of bootstrap draws: the same ones for every row."""
-    rng, n = np.random.default_rng(seed), len(losses[ORIGINAL])
-    draws = rng.multinomial(n, np.full(n, 1 / n), DRAWS)
-    weights = np.concatenate([np.ones((1, n)), draws])
-    sums = {name: weights @ table for name, table in losses.items()}
-    with np.errstate(invalid="ignore", divide="ignore"):
-        return {name: np.stack([s[:, 0] / s[:, 1], s[:, 2] / s[:, 3]], 1) for name, s in sums.items()}
-
-
 def _row(
-    tables: Mapping[str, Float[np.ndarray, "draws 2"]], name: str, sums: Sums, n: int, n_latents: int
+    tables: Mapping[str, Float[np.ndarray, "draws 4"]], name: str, sums: Sums, n: int, n_latents: int
 ) -> FeatureRow:
-    own, best, worst = tables[name], tables[ORIGINAL], tables[AT_MEAN]
-    with np.errstate(invalid="ignore", divide="ignore"):
-        recovered = (worst[:, 1] - own[:, 1]) / (worst[:, 1] - best[:, 1])
-        closer = 1 - own[:, 0] / worst[:, 0]
+    def kl_and_loss(name: str) -> tuple[np.ndarray, np.ndarray]:
+        kl, positions, cross, real = tables[name].T
+        return divide(kl, positions), divide(cross, real)
+
+    (kl, own), (_, best), (worst_kl, worst) = (kl_and_loss(n) for n in (name, ORIGINAL, AT_MEAN))
     return FeatureRow(
-        _estimate(own[:, 0]),
-        _estimate(own[:, 1]),
-        _estimate(recovered),
-        _estimate(closer),
+        interval_of(kl),
+        interval_of(own),
+        interval_of(divide(worst - own, worst - best)),
+        interval_of(1 - divide(kl, worst_kl)),
         1 - float(sums["left_over"] / sums["variance"].clamp(min=1e-30)),
         float(sums["active"].sum()) / n,
         float((sums["active"] == 0).double().mean()),
@@ -276,13 +264,6 @@ def _row(
         n_latents,
         n,
     )
-
-
-def _estimate(values: Float[np.ndarray, " draws"]) -> Estimate:
-    """The first value, with the interval of the others that are defined."""
-    known = values[1:][np.isfinite(values[1:])]
-    low, high = np.quantile(known, [0.025, 0.975]) if len(known) else (np.nan, np.nan)
-    return Estimate(float(values[0]), float(low), float(high))
 
 
 # ---- the privileged basis, and words --------------------------------------------------------------------

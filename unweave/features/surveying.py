@@ -14,7 +14,6 @@ from torch import Tensor
 from unweave.data import TokenData
 from unweave.drivers import Descriptions, describe
 from unweave.errors import InputError, StorageError
-from unweave.evaluation import Estimate
 from unweave.features.bases import find_basis
 from unweave.features.comparison import FeatureRow, PrivilegedBasis, compare_features, measure_privilege
 from unweave.features.loading import hook_of, save_dictionary
@@ -27,6 +26,7 @@ from unweave.features.streaming import collect_activations
 from unweave.features.training import fit_dictionary
 from unweave.files import write_folder, write_json
 from unweave.graph import Graph
+from unweave.intervals import Estimate
 from unweave.ops import Dictionary
 from unweave.scope import Scope
 from unweave.storage import finite

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from unweave import tree
 from unweave.errors import GraphError, InputError, UnknownNameError
+from unweave.graph.checking import check_stage
 from unweave.graph.cutting import check_means, cut_stage
 from unweave.graph.display import summary_html
 from unweave.graph.narrowing import add_wires, check_factors
@@ -507,60 +508,8 @@ class Graph:
         if len(set(self.nodes)) != len(self.nodes):
             twice = next(n for n in self.nodes if self.nodes.count(n) > 1)
             raise GraphError(f"two nodes are named {twice!r}")
-        for s, stage in enumerate(self.stages):
-            self._lint_stage(s, stage)
-
-    def _lint_stage(self, s: int, stage: Stage) -> None:
-        def check(ok: bool, what: str) -> None:
-            if not ok:
-                raise GraphError(f"stage {s} ({stage.nodes[0] if stage.nodes else 'empty'}): {what}")
-
-        check(bool(stage.nodes), "has no nodes")
-        lo, hi = stage.visible
-        check(0 <= lo <= hi <= s, f"sees stages {lo}..{hi}, which are not all before it")
-        check(bool(stage.ports) == (hi > lo), "must have ports exactly if it sees earlier stages")
-        check(len(stage.code_widths) == len(stage.nodes), "needs one code width per node")
-        if stage.write is not None:
-            check(stage.write.d_in == sum(stage.code_widths), "its write map does not fit its codes")
-        else:
-            check(s == len(self.stages) - 1, "writes nothing but is not the last")
-        widths = {write.d_out for i in range(lo, hi) if (write := self.stages[i].write) is not None}
-        check(len(widths) <= 1, f"hears writers of different widths {sorted(widths)}")
-        for port in stage.ports:
-            self._lint_port(s, port, next(iter(widths)), check)
-
-    def _lint_port(self, s: int, port: Port, width: int, check: Any) -> None:
-        n, writers = len(self.stages[s].nodes), self.visible_writers(s)
-        for read in port.reads:
-            check(read.map.d_in == width, f"port {port.name} reads {read.map.d_in} dimensions of a stream of {width}")
-            check(
-                sum(read.widths) == read.map.d_out,
-                f"port {port.name}: block widths do not add up to the read map's outputs",
-            )
-            check(
-                n % max(len(read.widths), 1) == 0, f"port {port.name}: {n} nodes cannot share {len(read.widths)} blocks"
-            )
-        if port.edges is not None:
-            check(
-                port.edges.shape == (n, writers.stop - writers.start),
-                f"port {port.name}: the edge table has a wrong shape",
-            )
-        if port.reach is not None:
-            shape = (n, writers.stop - writers.start)
-            check(port.reach.shape == shape, f"port {port.name}: the table of what it reaches has a wrong shape")
-        if port.offset is not None:
-            check(
-                port.offset.ndim == 3 and port.offset.shape[::2] == (n, width),
-                f"port {port.name}: a wrong offset shape",
-            )
-        if port.wires is not None:
-            w, e = port.wires, len(port.wires.nodes)
-            fits = w.writers.shape == (e,) and w.left.shape == (e, width, w.right.shape[1])
-            fits = fits and w.right.shape[::2] == (e, width) and e > 0
-            check(fits, f"port {port.name}: wires of wrong shapes")
-            inside = 0 <= int(w.nodes.min()) <= int(w.nodes.max()) < n and int(w.writers.min()) >= 0
-            inside = inside and int(w.writers.max()) < writers.stop - writers.start
-            check(inside, f"port {port.name}: wires from or to nodes that are not there")
+        for s in range(len(self.stages)):
+            check_stage(self.stages, s)
 
 
 def _stage_title(stage: Stage) -> str:

@@ -11,10 +11,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from unweave.circuits.distance import bootstrap
 from unweave.data import Batch, TokenData
 from unweave.errors import EmptyDataError, InputError, UnknownNameError
-from unweave.evaluation import Estimate
 from unweave.execution import run
 from unweave.graph import Graph
 from unweave.hypotheses.alignment import Alignment, Location, locations_of
@@ -31,6 +29,7 @@ from unweave.hypotheses.pairs import (
     record,
     swapped_logits,
 )
+from unweave.intervals import Estimate, bootstrap_ratio
 from unweave.progress import track
 from unweave.scope import Scope, position_mask
 
@@ -124,14 +123,7 @@ def _by_base(sums: Float[Tensor, "pairs columns"], pairs: Pairs) -> np.ndarray:
 
 
 def _share(table: np.ndarray, top: int, bottom: int, seed: int) -> Estimate:
-    """A ratio of column sums with its interval over the rows; NaN where there is nothing to divide by."""
-    if table[:, bottom].sum() == 0:
-        return Estimate(float("nan"), float("nan"), float("nan"))
-    return bootstrap({"top": table[:, top], "bottom": table[:, bottom]}, _ratio, seed=seed)
-
-
-def _ratio(top: float, bottom: float) -> float:
-    return float(top / bottom) if bottom else float("nan")
+    return bootstrap_ratio(table[:, top], table[:, bottom], seed)
 
 
 def homes_of(model: CausalModel, alignment: Alignment) -> Homes:

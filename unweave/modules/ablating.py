@@ -20,8 +20,8 @@ from unweave.ablation import Means, Replacement
 from unweave.circuits.distance import per_prompt
 from unweave.data import TokenData
 from unweave.errors import InputError, UnknownNameError
-from unweave.evaluation import Estimate
 from unweave.graph import Graph
+from unweave.intervals import Estimate
 from unweave.modules.patching import blocks_of, nats_per_token, refuse_resampling
 from unweave.scope import Scope
 from unweave.statistics import replacement

@@ -26,9 +26,9 @@ from torch import Tensor
 from unweave.ablation import Means
 from unweave.data import Batch, TokenData
 from unweave.errors import EmptyDataError, InputError, UnknownNameError
-from unweave.evaluation import Estimate
 from unweave.execution import Patch
 from unweave.graph import Edge, Graph
+from unweave.intervals import Estimate
 from unweave.modules.crossings import Basis, Example, Examples, MomentTally, Wiring, WorthTally, basis, wire
 from unweave.modules.patching import nats_per_token, patched_nats, refuse_resampling
 from unweave.scope import Scope

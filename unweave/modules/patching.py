@@ -11,12 +11,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from unweave.ablation import batch_trace
-from unweave.circuits.distance import bootstrap
 from unweave.data import Batch, TokenData
 from unweave.errors import EmptyDataError, InputError, UnknownNameError
-from unweave.evaluation import Estimate
 from unweave.execution import Patch, StagePlan, check_inputs, trace
 from unweave.graph import Graph
+from unweave.intervals import Estimate, bootstrap_ratio
 from unweave.progress import track
 from unweave.scope import Scope, divergence, position_mask
 
@@ -138,4 +137,4 @@ def patched_nats(
 
 def nats_per_token(nats: np.ndarray, tokens: np.ndarray, seed: int = 0) -> Estimate:
     """A sum over positions as nats per token of the scope, with its 95% interval over resampled sequences."""
-    return bootstrap({"top": nats, "bottom": tokens}, lambda top, bottom: top / max(bottom, 1e-12), seed=seed)
+    return bootstrap_ratio(nats, tokens, seed)

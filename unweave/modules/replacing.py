@@ -18,12 +18,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from unweave.ablation import Means
-from unweave.circuits.distance import bootstrap
 from unweave.data import Batch, TokenData
 from unweave.errors import InputError, ShapeError, UnknownNameError
-from unweave.evaluation import Estimate
 from unweave.execution import Patch, run
 from unweave.graph import Graph
+from unweave.intervals import Estimate, bootstrap
 from unweave.modules.patching import nats_per_token, patched_nats, refuse_resampling, writing_nodes
 from unweave.modules.standins import LinearMaps, MeanOf, ModuleFunction, ModuleInputs, Tables, fit_linear, fit_tables
 from unweave.scope import Scope

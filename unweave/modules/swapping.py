@@ -17,12 +17,11 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from unweave.ablation import batch_trace, counterfactual_trace, pair_at_random
-from unweave.circuits.distance import bootstrap
 from unweave.data import Batch, TokenData
 from unweave.errors import InputError
-from unweave.evaluation import Estimate
 from unweave.execution import Trace
 from unweave.graph import Graph
+from unweave.intervals import Estimate, bootstrap
 from unweave.modules.ablating import Nodes, random_sets, writing_blocks
 from unweave.modules.patching import blocks_of, nats_per_token
 from unweave.progress import track

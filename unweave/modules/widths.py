@@ -7,7 +7,7 @@ from typing import Any
 
 from unweave.data import TokenData
 from unweave.errors import InputError
-from unweave.evaluation import Estimate
+from unweave.intervals import Estimate
 from unweave.modules.interfaces import Interfaces, always
 from unweave.modules.patching import nats_per_token, patched_nats
 

@@ -1,6 +1,7 @@
 """What nodes compute: a stage reads the stream through norms and linear maps, a core mixes, a linear map writes."""
 
-from unweave.ops.convolution import BlockMap, Chain, Convolution, DenseBlocks, Joined, Pair, Places, Pool, slid_size
+from unweave.ops.blocks import BlockMap, DenseBlocks, Joined, Pair, Places
+from unweave.ops.convolution import Convolution, slid_size
 from unweave.ops.cores import ACTIVATIONS, Activation, Attention, Context, Core, FloatInput, Lookup, Readout, Rotary
 from unweave.ops.dictionaries import LATENT_ACTIVATIONS, Dictionary
 from unweave.ops.feature_core import FeatureCore
@@ -16,7 +17,8 @@ from unweave.ops.linear import (
     Stacked,
     mask_numbers,
 )
-from unweave.ops.norms import LayerNorm, Norm, RMSNorm, norm_bias
+from unweave.ops.norms import LayerNorm, Norm, RMSNorm, norm_bias, wide
+from unweave.ops.pooling import Chain, Pool
 
 __all__ = [
     "ACTIVATIONS",
@@ -54,4 +56,5 @@ __all__ = [
     "mask_numbers",
     "norm_bias",
     "slid_size",
+    "wide",
 ]

@@ -1,13 +1,8 @@
-"""What convolutional networks add: kernels slid over maps of pixels, and pooling.
-
-A map is a code of height * width numbers, row by row.
-"""
+"""Kernels slid over maps of pixels. A map is a code of height * width numbers, row by row."""
 
 from __future__ import annotations
 
 import dataclasses
-import functools
-from abc import abstractmethod
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,16 +13,11 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from unweave import tree
-from unweave.errors import InputError, ShapeError
-from unweave.ops.cores import Context, Core
+from unweave.errors import ShapeError
+from unweave.ops.blocks import BlockMap, Pair, Places
 from unweave.ops.linear import Dense, LinearMap
 
-__all__ = ["BlockMap", "Chain", "Convolution", "DenseBlocks", "Joined", "Pair", "Places", "Pool", "slid_size"]
-
-Pair = tuple[int, int]
-# (start, width) of what each writer adds to a stream, where each has a place of its own
-Places = tuple[Pair, ...]
-POOLS = ("average", "max")
+__all__ = ["Convolution", "slid_size"]
 
 
 def slid_size(size: Pair, kernel: Pair, stride: Pair, padding: Pair, dilation: Pair = (1, 1)) -> Pair:
@@ -39,45 +29,6 @@ def slid_size(size: Pair, kernel: Pair, stride: Pair, padding: Pair, dilation: P
     """
     rows, columns = ((size[i] + 2 * padding[i] - dilation[i] * (kernel[i] - 1) - 1) // stride[i] + 1 for i in range(2))
     return rows, columns
-
-
-class BlockMap(LinearMap):
-    """A linear map between blocks: maps of pixels, each written by a node of its own and read by others.
-
-    Outputs come in equal blocks, one per reader. What is known of single blocks is computed without dense matrices.
-    """
-
-    @property
-    @abstractmethod
-    def blocks(self) -> int:
-        """How many blocks come out."""
-
-    @property
-    def shares_pixels(self) -> bool:
-        """Whether a block is a map whose pixels are all made alike."""
-        return False
-
-    @abstractmethod
-    def apply_blocks(self, x: Float[Tensor, "... row d_in"], blocks: Int[Tensor, " row"]) -> Tensor:
-        """Output block ``blocks[r]`` of row r: ``[... row width]``."""
-
-    @abstractmethod
-    def pull(self, g: Float[Tensor, "... row width"], blocks: Int[Tensor, " row"]) -> Tensor:
-        """The transpose of :meth:`apply_blocks`: gradients at blocks, back at what rows heard ``[... row d_in]``."""
-
-    @abstractmethod
-    def mask(self, table: Bool[Tensor, "blocks writers"], places: Places) -> BlockMap | None:
-        """The map without the pairs of (output block, writer) that are False; None where writers are not its blocks."""
-
-    @abstractmethod
-    def pair_products(
-        self, g: Float[Tensor, "n blocks width"], x: Float[Tensor, "n d_in"], places: Places
-    ) -> Float[Tensor, "n blocks writers"] | None:
-        """g_j . (what writer i alone makes of block j), for each pair; None where writers are not its blocks."""
-
-    @property
-    def is_structured(self) -> bool:
-        return True
 
 
 @tree.register
@@ -237,221 +188,3 @@ class Convolution(BlockMap):
     @property
     def n_multiplications(self) -> int:
         return self.kernels.numel() * self.out_size[0] * self.out_size[1]
-
-
-@tree.register
-@dataclass(frozen=True, eq=False)
-class DenseBlocks(BlockMap):
-    """A matrix whose rows are ``n_blocks`` equal blocks: what a linear layer reads from maps."""
-
-    weight: Float[Tensor, "d_out d_in"]
-    n_blocks: int = 1
-
-    @property
-    def blocks(self) -> int:
-        return self.n_blocks
-
-    @property
-    def d_in(self) -> int:  # type: ignore[override]
-        return self.weight.shape[1]
-
-    @property
-    def d_out(self) -> int:  # type: ignore[override]
-        return self.weight.shape[0]
-
-    @property
-    def _by_block(self) -> Float[Tensor, "blocks width d_in"]:
-        return rearrange(self.weight, "(b w) d -> b w d", b=self.n_blocks)
-
-    def apply(self, x: Float[Tensor, "... d_in"]) -> Float[Tensor, "... d_out"]:
-        return F.linear(x, self.weight)
-
-    def apply_blocks(self, x: Float[Tensor, "... row d_in"], blocks: Int[Tensor, " row"]) -> Tensor:
-        return torch.einsum("...rd,rwd->...rw", x, self._by_block[blocks])
-
-    def pull(self, g: Float[Tensor, "... row width"], blocks: Int[Tensor, " row"]) -> Tensor:
-        return torch.einsum("...rw,rwd->...rd", g, self._by_block[blocks])
-
-    def mask(self, table: Bool[Tensor, "blocks writers"], places: Places) -> DenseBlocks | None:
-        if len(table) != self.n_blocks or not _cover(places, self.d_in):
-            return None
-        widths = torch.tensor([width for _, width in places], device=self.weight.device)
-        kept = table.to(self.weight.device).repeat_interleave(widths, 1)
-        kept = kept.repeat_interleave(self.d_out // self.n_blocks, 0)
-        return dataclasses.replace(self, weight=self.weight * kept.to(self.weight))
-
-    def pair_products(
-        self, g: Float[Tensor, "n blocks width"], x: Float[Tensor, "n d_in"], places: Places
-    ) -> Float[Tensor, "n blocks writers"] | None:
-        if g.shape[1] != self.n_blocks or not _cover(places, self.d_in):
-            return None
-        products = self.pull(g, torch.arange(self.n_blocks, device=g.device)) * x[:, None]
-        return torch.stack([part.sum(-1) for part in products.split([width for _, width in places], dim=-1)], dim=-1)
-
-    def dense(self) -> Float[Tensor, "d_out d_in"]:
-        return self.weight
-
-    def select_outputs(self, index: Int[Tensor, " n"]) -> LinearMap:
-        return Dense(self.weight).select_outputs(index)
-
-    @property
-    def n_parameters(self) -> int:
-        return self.weight.numel()
-
-
-@tree.register
-@dataclass(frozen=True, eq=False)
-class Joined(BlockMap):
-    """Maps of consecutive coordinates, added up: out = sum over k of maps[k](x from starts[k] on).
-
-    Attributes:
-        starts: where in the input each map begins to read; what none reads is not used.
-        size: the length of the input.
-    """
-
-    maps: tuple[BlockMap, ...]
-    starts: tuple[int, ...]
-    size: int
-
-    def __post_init__(self) -> None:
-        if len({m.d_out for m in self.maps}) != 1 or len(self.maps) != len(self.starts):
-            raise ShapeError(f"joined maps must make as many numbers each, got {[m.d_out for m in self.maps]}")
-        if any(not 0 <= a <= self.size - m.d_in for m, a in self._parts):
-            raise ShapeError(f"joined maps read beyond an input of {self.size} numbers")
-
-    @property
-    def blocks(self) -> int:
-        return self.maps[0].blocks
-
-    @property
-    def shares_pixels(self) -> bool:
-        return all(m.shares_pixels for m in self.maps)
-
-    @property
-    def _parts(self) -> tuple[tuple[BlockMap, int], ...]:
-        return tuple(zip(self.maps, self.starts, strict=True))
-
-    def _own(self, k: int, places: Places) -> tuple[list[int], Places]:
-        """The writers that map k reads, and their places in what it reads."""
-        lo, hi = self.starts[k], self.starts[k] + self.maps[k].d_in
-        inside = [i for i, (start, width) in enumerate(places) if start < hi and start + width > lo]
-        return inside, tuple((places[i][0] - lo, places[i][1]) for i in inside)
-
-    @property
-    def d_in(self) -> int:  # type: ignore[override]
-        return self.size
-
-    @property
-    def d_out(self) -> int:  # type: ignore[override]
-        return self.maps[0].d_out
-
-    def apply(self, x: Float[Tensor, "... d_in"]) -> Float[Tensor, "... d_out"]:
-        found = [m.apply(x[..., a : a + m.d_in]) for m, a in self._parts]
-        return functools.reduce(torch.add, found)
-
-    def apply_blocks(self, x: Float[Tensor, "... row d_in"], blocks: Int[Tensor, " row"]) -> Tensor:
-        found = [m.apply_blocks(x[..., a : a + m.d_in], blocks) for m, a in self._parts]
-        return functools.reduce(torch.add, found)
-
-    def pull(self, g: Float[Tensor, "... row width"], blocks: Int[Tensor, " row"]) -> Tensor:
-        out = g.new_zeros(*g.shape[:-1], self.size)
-        for m, a in self._parts:
-            out[..., a : a + m.d_in] += m.pull(g, blocks)
-        return out
-
-    def mask(self, table: Bool[Tensor, "blocks writers"], places: Places) -> Joined | None:
-        masked = []
-        for k, m in enumerate(self.maps):
-            inside, own = self._own(k, places)
-            masked.append(m.mask(table[:, inside], own))
-        maps = tuple(m for m in masked if m is not None)
-        return Joined(maps, self.starts, self.size) if len(maps) == len(masked) else None
-
-    def pair_products(
-        self, g: Float[Tensor, "n blocks width"], x: Float[Tensor, "n d_in"], places: Places
-    ) -> Float[Tensor, "n blocks writers"] | None:
-        out = g.new_zeros(*g.shape[:2], len(places))
-        for k, (m, a) in enumerate(self._parts):
-            inside, own = self._own(k, places)
-            pairs = m.pair_products(g, x[:, a : a + m.d_in], own)
-            if pairs is None:
-                return None
-            out[:, :, inside] += pairs
-        return out
-
-    def dense(self) -> Float[Tensor, "d_out d_in"]:
-        first = self.maps[0].dense()
-        out = first.new_zeros(self.d_out, self.size)
-        for m, a in self._parts:
-            out[:, a : a + m.d_in] += m.dense()
-        return out
-
-    def select_outputs(self, index: Int[Tensor, " n"]) -> LinearMap:
-        return Dense(self.dense()).select_outputs(index)
-
-    @property
-    def n_parameters(self) -> int:
-        return sum(m.n_parameters for m in self.maps)
-
-    @property
-    def n_multiplications(self) -> int:
-        return sum(m.n_multiplications for m in self.maps)
-
-
-def _cover(places: Places, size: int) -> bool:
-    """Whether the writers' places are all of an input, in order."""
-    ends = [0, *(start + width for start, width in places)]
-    return ends[-1] == size and all(start == end for (start, _), end in zip(places, ends[:-1], strict=True))
-
-
-@tree.register
-@dataclass(frozen=True, eq=False)
-class Pool(Core):
-    """The largest value, or the mean, of each window of a map.
-
-    Attributes:
-        kind: "max" or "average" (padding counts as zeros, as PyTorch counts it by default).
-        size: rows and columns of the maps read.
-        kernel, stride, padding: in rows and columns.
-    """
-
-    kind: str
-    size: Pair
-    kernel: Pair
-    stride: Pair
-    padding: Pair = (0, 0)
-
-    def __post_init__(self) -> None:
-        if self.kind not in POOLS:
-            raise InputError(f"unknown pooling {self.kind!r}; known: {', '.join(POOLS)}")
-        if min(self.out_size) < 1:
-            raise ShapeError(f"windows of {self.kernel} do not fit on maps of {self.size}")
-
-    @property
-    def out_size(self) -> Pair:
-        """Rows and columns of the maps made."""
-        return slid_size(self.size, self.kernel, self.stride, self.padding)
-
-    def forward(self, reads: tuple[Tensor, ...], context: Context) -> Float[Tensor, "batch node pos width"]:
-        (x,) = reads
-        maps = rearrange(x, "b n t (h w) -> (b n t) 1 h w", h=self.size[0])
-        pool: Any = F.max_pool2d if self.kind == "max" else F.avg_pool2d
-        pooled = pool(maps, self.kernel, self.stride, self.padding)
-        return rearrange(pooled, "(b n t) 1 h w -> b n t (h w)", b=x.shape[0], n=x.shape[1])
-
-
-@tree.register
-@dataclass(frozen=True, eq=False)
-class Chain(Core):
-    """One core after another, each node apart: what stands between a convolution and what its maps write."""
-
-    steps: tuple[Core, ...]
-
-    def forward(self, reads: tuple[Tensor, ...], context: Context) -> Float[Tensor, "batch node pos width"]:
-        for step in self.steps:
-            reads = (step.forward(reads, context),)
-        return reads[0]
-
-    @property
-    def n_parameters(self) -> int:
-        return sum(step.n_parameters for step in self.steps)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from unweave import tree
 
-__all__ = ["LayerNorm", "Norm", "RMSNorm", "norm_bias"]
+__all__ = ["LayerNorm", "Norm", "RMSNorm", "norm_bias", "wide"]
 
 
 class Norm(ABC):
@@ -57,7 +57,7 @@ class Norm(ABC):
         return sum(t.numel() for t in tree.tensors(self).values())
 
 
-def _wide(x: Tensor) -> Tensor:
+def wide(x: Tensor) -> Tensor:
     """x in float32 at least."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
@@ -77,13 +77,13 @@ class RMSNorm(Norm):
 
     def scale(self, x: Float[Tensor, "... d"]) -> Float[Tensor, "... d"]:
         """The factor that ``apply`` multiplies x with, coordinate by coordinate."""
-        return (self.gain * torch.rsqrt(_wide(x).pow(2).mean(-1, keepdim=True) + self.eps)).to(x.dtype)
+        return (self.gain * torch.rsqrt(wide(x).pow(2).mean(-1, keepdim=True) + self.eps)).to(x.dtype)
 
     def apply(self, x: Float[Tensor, "... d"]) -> Float[Tensor, "... d"]:
-        wide = _wide(x)
-        normed = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)
+        widened = wide(x)
+        normed = widened * torch.rsqrt(widened.pow(2).mean(-1, keepdim=True) + self.eps)
         if self.gain_in_float32:
-            return (normed * _wide(self.gain)).to(x.dtype)
+            return (normed * wide(self.gain)).to(x.dtype)
         return self.gain * normed.to(x.dtype)
 
     def standardise(self, x: Float[Tensor, "... d"]) -> tuple[Float[Tensor, "... d"], Float[Tensor, "... 1"]]:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from unweave.errors import InputError
 from unweave.graph import Graph, Stage
-from unweave.ops import Attention, Rotary, norm_bias
+from unweave.ops import Attention, Rotary, norm_bias, wide
 from unweave.paths.weights import (
     check_table,
     embedded_tokens,
@@ -23,7 +23,6 @@ from unweave.paths.weights import (
     node_write,
     port_of,
     readout_weight,
-    wide,
 )
 
 __all__ = ["OVCircuit", "QKCircuit", "ov_circuit", "positive_share", "qk_circuit", "read_alone"]

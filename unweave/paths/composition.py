@@ -15,9 +15,9 @@ from unweave.data import Batch, TokenData
 from unweave.errors import InputError
 from unweave.execution import check_inputs, plan_of, trace
 from unweave.graph import Graph
-from unweave.ops import Attention, RMSNorm
+from unweave.ops import Attention, RMSNorm, wide
 from unweave.paths.circuits import turn
-from unweave.paths.weights import port_of, wide
+from unweave.paths.weights import port_of
 from unweave.statistics import Sums, accumulate
 
 __all__ = ["Composition", "composition"]

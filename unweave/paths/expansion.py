@@ -14,8 +14,8 @@ from unweave.errors import InputError, UnsupportedModelError
 from unweave.execution import PortPlan, Trace, check_inputs, trace
 from unweave.freezing import clean_pattern, clean_scale
 from unweave.graph import Graph
-from unweave.ops import Attention, Readout, RMSNorm, norm_bias
-from unweave.paths.weights import check_token_ids, wide
+from unweave.ops import Attention, Readout, RMSNorm, norm_bias, wide
+from unweave.paths.weights import check_token_ids
 
 __all__ = ["PathExpansion", "expand_paths"]
 

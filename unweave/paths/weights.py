@@ -15,7 +15,7 @@ from torch import Tensor
 
 from unweave.errors import InputError, ShapeError, UnknownNameError
 from unweave.graph import Edge, Graph, Port, Stage
-from unweave.ops import Attention, LinearMap, Lookup, LowRank, Readout, RMSNorm, Stacked
+from unweave.ops import Attention, LinearMap, Lookup, LowRank, Readout, RMSNorm, Stacked, wide
 
 __all__ = [
     "check_table",
@@ -28,7 +28,6 @@ __all__ = [
     "port_of",
     "readout_weight",
     "virtual_weight",
-    "wide",
 ]
 
 # numbers in one matrix: 256 MB of float32
@@ -90,11 +89,6 @@ def virtual_weight(
     writing = node_write(source, j, codes=codes, tokens=tokens)
     check_table(len(reading), writing.shape[1])
     return reading @ writing.to(reading)
-
-
-def wide(x: Tensor) -> Tensor:
-    """x in float32 at least."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def check_table(rows: int, columns: int) -> None:

@@ -10,9 +10,9 @@ from matplotlib import rcParams
 from matplotlib.axes import Axes
 
 from unweave.errors import InputError
-from unweave.evaluation import Estimate
 from unweave.falsification import Scrubbed
 from unweave.hypotheses import Interchange
+from unweave.intervals import UNKNOWN, Estimate
 from unweave.plots.style import COLOURS, GREY, axes_of, label_ticks, legend, named
 
 __all__ = ["interchange_bars", "interval_bars", "scrubbed_bars"]
@@ -114,7 +114,7 @@ def interchange_bars(found: Interchange, ax: Axes | None = None) -> Axes:
 
 def _range(values: list[float]) -> Estimate:
     if not values:
-        return Estimate(float("nan"), float("nan"), float("nan"))
+        return UNKNOWN
     return Estimate(float(np.mean(values)), min(values), max(values))
 
 

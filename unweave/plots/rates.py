@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import PercentFormatter
 
 from unweave.errors import InputError
-from unweave.evaluation import Estimate
+from unweave.intervals import Estimate
 from unweave.pipeline import Decompiled
 from unweave.plots.style import axes_of, legend, named, styles
 
@@ -33,7 +33,6 @@ def rate_distortion(found: Decompiled | Curves, ax: Axes | None = None) -> Axes:
         InputError: no curve.
 
     Example:
-        >>> from unweave.evaluation import Estimate
         >>> ax = rate_distortion({"unweave": [(0.5, Estimate(0.1, 0.08, 0.12)), (0.3, Estimate(0.4, 0.3, 0.5))]})
         >>> ax.get_lines()[0].get_ydata().tolist()
         [0.4, 0.1]

@@ -29,7 +29,7 @@ def circuit_sizes(curves: FaithfulnessCurve | Mapping[str, FaithfulnessCurve], a
 
     Example:
         >>> from unweave.circuits.curve import FaithfulnessCurve
-        >>> from unweave.evaluation import Estimate
+        >>> from unweave.intervals import Estimate
         >>> f = (Estimate(0.4, 0.3, 0.5), Estimate(1.0, 1.0, 1.0))
         >>> ax = circuit_sizes(FaithfulnessCurve((0.1, 1.0), (8, 80), f, (1.0, 0.0), 0.6, 0.3))
         >>> ax.containers[0].lines[0].get_ydata().tolist()

@@ -33,7 +33,8 @@ def kl_tail(rows: Faithfulness | Mapping[str, Faithfulness], ax: Axes | None = N
         InputError: no graph is off anywhere.
 
     Example:
-        >>> from unweave.evaluation import Estimate, Faithfulness
+        >>> from unweave.evaluation import Faithfulness
+        >>> from unweave.intervals import Estimate
         >>> one, worst = Estimate(0.1, 0.0, 0.2), ((2.0, 0, 3, (1, 2), 4, 5), (1.0, 0, 1, (1,), 4, 5))
         >>> ax = kl_tail(Faithfulness(one, one, one, one, 0.5, 0.9, 2.0, worst, 1, 1000))
         >>> [line.get_ydata().tolist() for line in ax.get_lines()]

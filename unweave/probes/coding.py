@@ -27,16 +27,23 @@ class OnlineCode:
         bits: of all labels.
         uniform_bits: of a code that knows nothing, n log2 classes.
         n: how many labels.
+        frequency_bits: of a code that knows how often each class comes, and nothing else: n times their entropy.
     """
 
     bits: float
     uniform_bits: float
     n: int
+    frequency_bits: float
 
     @property
     def compression(self) -> float:
-        """uniform_bits / bits: 1 where nothing can be read."""
+        """uniform_bits / bits: 1 where nothing can be read, above it where classes come not equally often."""
         return self.uniform_bits / self.bits if self.bits > 0 else math.inf
+
+    @property
+    def saved(self) -> float:
+        """1 - bits / frequency_bits: 0 where nothing can be read, however often classes come; NaN for one class."""
+        return 1 - self.bits / self.frequency_bits if self.frequency_bits > 0 else math.nan
 
     @property
     def bits_per_label(self) -> float:
@@ -89,4 +96,5 @@ def online_code(x: Float[Tensor, "n width"], label: Int[Tensor, " n"], classes: 
         outputs = x[sent:end].double().cpu() @ weight.T + bias
         nats = torch.nn.functional.cross_entropy(outputs, label[sent:end].cpu().long(), reduction="sum")
         bits += float(nats) / math.log(2)
-    return OnlineCode(bits, n * math.log2(classes), n)
+    share = torch.bincount(label.cpu().long(), minlength=classes).double() / n
+    return OnlineCode(bits, n * math.log2(classes), n, n * float(-torch.xlogy(share, share).sum()) / math.log(2))

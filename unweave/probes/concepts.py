@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
 import torch
@@ -10,13 +10,15 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from unweave.data import Batch, TokenData
-from unweave.errors import EmptyDataError, InputError, ShapeError
+from unweave.errors import EmptyDataError, InputError, ShapeError, UnknownNameError
 
-__all__ = ["CONTROLS", "Concept", "control_task"]
+__all__ = ["CONTROLS", "Concept", "control_task", "label_concept", "token_concept"]
 
 CONTROLS = ("token", "token at position")
 # ids are only looked at, no graph is run
 ROWS = 256
+# of labels of which all tokens got the same
+REDRAWS = 100
 
 
 @dataclass(frozen=True)
@@ -28,6 +30,7 @@ class Concept:
         label: a batch -> ``[batch pos]``: whole numbers from 0 (the class), or reals (a number). -1 or NaN where the
             concept says nothing.
         classes: how many classes; 0 for a number.
+        offset: which token it is about, for its control task: the one just read (0), the one before (-1), the next (1).
 
     Raises:
         InputError: one class, or a negative number of them.
@@ -43,6 +46,7 @@ class Concept:
     name: str
     label: Callable[[Batch], Tensor]
     classes: int = 0
+    offset: int = 0
 
     def __post_init__(self) -> None:
         if self.classes < 0 or self.classes == 1:
@@ -82,7 +86,8 @@ class Concept:
 def control_task(concept: Concept, data: TokenData, by: str = "token", seed: int = 0) -> Concept:
     """The same labels dealt out at random, one for each type of token for ever: what a probe learns by heart.
 
-    A probe that is as good at it as at the concept says nothing of the network.
+    A probe that is as good at it as at the concept says nothing of the network. Classes are dealt again where all types
+    of the data got the same.
 
     Args:
         data: whose labels are drawn from (classes as often as there; numbers from a normal distribution).
@@ -91,7 +96,7 @@ def control_task(concept: Concept, data: TokenData, by: str = "token", seed: int
         seed: of the labels.
 
     Raises:
-        InputError: no such type, or inputs that are no tokens.
+        InputError: no such type, inputs that are no tokens, or so few types that all get the same class.
         EmptyDataError: the concept says nothing on these data.
 
     Source:
@@ -101,24 +106,111 @@ def control_task(concept: Concept, data: TokenData, by: str = "token", seed: int
         raise InputError(f"control must be one of {', '.join(map(repr, CONTROLS))}, got {by!r}")
     if data.tokens.is_floating_point():
         raise InputError("a control task deals labels out to tokens; these inputs are reals: pass control=None")
-    generator = torch.Generator().manual_seed(seed)
     n_pos, vocabulary = data.tokens.shape[1], data.vocabulary_size or 0
     vocabulary = max(vocabulary, int(data.tokens.max()) + 1)
-    n_types = vocabulary * (n_pos if by == "token at position" else 1)
-    if concept.classes:
-        table = torch.multinomial(_frequencies(concept, data), n_types, replacement=True, generator=generator)
-    else:
-        table = torch.randn(n_types, generator=generator, dtype=torch.float64)
 
-    def label(batch: Batch) -> Tensor:
-        types: Int[Tensor, "batch pos"] = batch.inputs % vocabulary
+    def types_of(batch: Batch) -> Int[Tensor, "batch pos"]:
+        types = batch.inputs % vocabulary
         if by == "token at position":
             types = types + vocabulary * (torch.arange(types.shape[1], device=types.device) % n_pos)
-        said = concept.values(batch)[1]
+        return types.roll(-concept.offset, 1)  # what comes around the end is not said
+
+    def label(batch: Batch) -> Tensor:
+        said, types = _said(concept, batch), types_of(batch)
         dealt = table.to(types.device)[types]
         return torch.where(said.to(types.device), dealt, -1 if concept.classes else torch.nan)
 
+    n_types = vocabulary * (n_pos if by == "token at position" else 1)
+    table = _deal(concept, data, types_of, n_types, torch.Generator().manual_seed(seed))
     return Concept(f"control of {concept.name}", label, concept.classes)
+
+
+def _said(concept: Concept, batch: Batch) -> Bool[Tensor, "batch pos"]:
+    return concept.values(batch)[1] & within(batch, concept.offset)
+
+
+def _deal(
+    concept: Concept, data: TokenData, types_of: Callable[[Batch], Tensor], n_types: int, generator: torch.Generator
+) -> Tensor:
+    """A label for each type: classes as often as in the data, of which at least two come, or normal numbers."""
+    if not concept.classes:
+        return torch.randn(n_types, generator=generator, dtype=torch.float64)
+    seen = torch.zeros(n_types, dtype=torch.bool)
+    for batch in data.batches(ROWS):
+        seen[types_of(batch)[_said(concept, batch)].cpu()] = True
+    frequencies = _frequencies(concept, data)
+    for _ in range(REDRAWS):
+        table = torch.multinomial(frequencies, n_types, replacement=True, generator=generator)
+        if len(table[seen].unique()) > 1:
+            return table
+    raise InputError(
+        f"{concept.name!r} is so rare, or tokens so few, that all get the same random label; "
+        "take the control 'token at position', or none"
+    )
+
+
+def token_concept(name: str, ids: Collection[int], vocabulary: int, offset: int = 0) -> Concept:
+    """Whether a token is one of some: the one just read, or the one ``offset`` places on (-1: the one before it).
+
+    Args:
+        ids: the tokens, below ``vocabulary``.
+
+    Raises:
+        InputError: no token, or one outside the vocabulary.
+
+    Example:
+        >>> import unweave
+        >>> data = unweave.load_data("zoo:induction", limit=2)
+        >>> values, said = token_concept("low", range(8), 64, offset=-1).values(next(data.batches(2)))
+        >>> said[:, :2].tolist()
+        [[False, True], [False, True]]
+    """
+    if not ids or min(ids) < 0 or max(ids) >= vocabulary:
+        raise InputError(f"{name!r} needs tokens, each below the vocabulary's {vocabulary}, got {len(ids)} of them")
+    members = torch.zeros(vocabulary, dtype=torch.long)
+    members[list(ids)] = 1
+
+    def label(batch: Batch) -> Tensor:
+        value = members.to(batch.inputs.device)[batch.inputs].roll(-offset, 1)
+        return torch.where(within(batch, offset), value, -1)
+
+    return Concept(name, label, 2, offset)
+
+
+def label_concept(name: str, data: TokenData) -> Concept:
+    """A label of the data: classes where it holds whole numbers or yes and no, else a number.
+
+    Args:
+        data: its label is per sequence ``[n]`` (said of every token) or per token ``[n pos]``.
+
+    Raises:
+        UnknownNameError: no such label.
+        ShapeError: of another shape.
+
+    Example:
+        >>> import unweave
+        >>> label_concept("task", unweave.load_data("zoo:three_tasks", limit=8)).classes
+        3
+    """
+    if name not in data.labels:
+        raise UnknownNameError("label of the data", name, data.labels)
+    known = data.labels[name]
+    if known.ndim > 1 and known.shape != data.mask.shape:
+        raise ShapeError(f"the label {name!r} must be per sequence or per token, got {tuple(known.shape)}")
+    classes = 0 if known.is_floating_point() else 2 if known.dtype == torch.bool else int(known.max()) + 1
+
+    def label(batch: Batch) -> Tensor:
+        value = batch.labels[name] if classes == 0 else batch.labels[name].long()
+        # a batch is as wide as its longest sequence, a label as wide as the data set's
+        return value[:, : batch.mask.shape[1]] if value.ndim > 1 else value[:, None].expand(batch.mask.shape)
+
+    return Concept(name, label, classes)
+
+
+def within(batch: Batch, offset: int) -> Bool[Tensor, "batch pos"]:
+    """Where there is a real token ``offset`` places on."""
+    position = torch.arange(batch.mask.shape[1], device=batch.mask.device) + offset
+    return batch.mask & (position >= 0) & (position < batch.mask.sum(1, keepdim=True))
 
 
 def _frequencies(concept: Concept, data: TokenData) -> Float[Tensor, " classes"]:

@@ -11,13 +11,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from unweave.circuits.distance import bootstrap
 from unweave.data import Batch, TokenData
 from unweave.errors import EmptyDataError, InputError, ShapeError
-from unweave.evaluation import Estimate
 from unweave.execution import run
 from unweave.features import find_site
 from unweave.graph import Graph
+from unweave.intervals import Estimate, bootstrap_ratio
 from unweave.probes.fitting import LinearProbe
 from unweave.scope import Scope, divergence, position_mask
 
@@ -161,8 +160,8 @@ def probe_effect(
         raise EmptyDataError("the scope selects no position of this data set")
     share = float(removed / probe.covariance.diagonal().sum().clamp(min=1e-300))
     parts = (tables[1], tables[2:].mean(0))
-    nats = [_per_position(table, 1) for table in parts]
-    behaved = [_per_position(table, 2) for table in (tables[0], *parts)]
+    nats = [bootstrap_ratio(table[1], table[0]) for table in parts]
+    behaved = [bootstrap_ratio(table[2], table[0]) for table in (tables[0], *parts)]
     return ProbeEffect(len(directions), share, *nats, *behaved)
 
 
@@ -212,9 +211,3 @@ class _Measure:
             return (x.double() - off @ p.to(x.device).T).to(x.dtype)
 
         return patch
-
-
-def _per_position(table: np.ndarray, column: int) -> Estimate:
-    if np.isnan(table[column]).any():
-        return Estimate(float("nan"), float("nan"), float("nan"))
-    return bootstrap({"n": table[0], "sum": table[column]}, lambda n, sum: sum / n if n else float("nan"))

@@ -2,26 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from itertools import product
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from unweave.circuits.distance import bootstrap
 from unweave.data import Batch, TokenData
 from unweave.errors import InputError, UnknownNameError
-from unweave.evaluation import Estimate
 from unweave.execution import BEFORE, check_inputs, trace
 from unweave.features import Site, find_site
 from unweave.graph import Graph
+from unweave.intervals import Estimate, bootstrap
 from unweave.probes.coding import OnlineCode, online_code
 from unweave.probes.concepts import Concept, control_task
 from unweave.probes.fitting import LinearProbe, fit_probe, probe_sums
 from unweave.probes.logistic import logistic_probe
-from unweave.progress import track
+from unweave.progress import counter
 from unweave.statistics import accumulate
 
 __all__ = ["ProbeRow", "ProbeTable", "probe_table", "stream_places"]
@@ -39,6 +39,8 @@ class ProbeRow:
         probe: itself.
         code: of the training labels, :func:`unweave.probes.online_code`; None where it was not asked for.
         control_code: of the control task's labels.
+        control_baseline: as ``baseline``, of the control's labels: they come not as often as the concept's, since types
+            of tokens do not.
     """
 
     concept: str
@@ -51,11 +53,26 @@ class ProbeRow:
     probe: LinearProbe
     code: OnlineCode | None = None
     control_code: OnlineCode | None = None
+    control_baseline: float = float("nan")
 
     @property
     def selectivity(self) -> float:
         """Score less the control task's score (Hewitt and Liang 2019)."""
         return self.score.value - self.control
+
+    @property
+    def gain(self) -> float:
+        """(score - baseline) / (1 - baseline): the share of the baseline's errors that the probe does not make."""
+        return _gain(self.score.value, self.baseline)
+
+    @property
+    def control_gain(self) -> float:
+        """The same for the control task; comparable where the two baselines differ, as scores are not."""
+        return _gain(self.control, self.control_baseline)
+
+
+def _gain(score: float, baseline: float) -> float:
+    return (score - baseline) / (1 - baseline) if baseline < 1 else float("nan")
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,10 +105,15 @@ class ProbeTable:
                 **r.score.columns("score"),
                 "baseline": r.baseline,
                 "control": r.control,
+                "control_baseline": r.control_baseline,
                 "selectivity": r.selectivity,
+                "gain": r.gain,
+                "control_gain": r.control_gain,
                 "bits_per_label": float("nan") if r.code is None else r.code.bits_per_label,
                 "compression": float("nan") if r.code is None else r.code.compression,
                 "control_compression": float("nan") if r.control_code is None else r.control_code.compression,
+                "saved": float("nan") if r.code is None else r.code.saved,
+                "control_saved": float("nan") if r.control_code is None else r.control_code.saved,
             }
             for r in self.rows
         ]
@@ -175,15 +197,21 @@ def probe_table(
         raise InputError(f"give at least one graph and concepts of different names, got {len(steps)} and {names}")
     controls = [None if control is None else control_task(c, train, control, seed) for c in concepts]
     rows: list[ProbeRow] = []
-    for step, graph in track(list(steps.items()), "probing", show=progress):
-        sites = [find_site(graph, p) for p in places or stream_places(graph)]
-        sweep = _Sweep(graph, sites, concepts, controls, batch_size)
-        probes, codes = sweep.fit(train, ridge), {}
-        if code or method == "logistic":
-            sample = sweep.sample(train, limit, seed)
-            codes = sweep.codes(sample) if code else {}
-            probes |= sweep.logistic(sample) if method == "logistic" else {}
-        rows += sweep.judge(step, probes, codes, held_out)
+    sweeps = {
+        step: _Sweep(
+            graph, [find_site(graph, p) for p in places or stream_places(graph)], concepts, controls, batch_size
+        )
+        for step, graph in steps.items()
+    }
+    fits = sum(len(s.sites) * len(s.asked()) for s in sweeps.values())
+    with counter("fitting probes", fits * (1 + code + (method == "logistic")), show=progress) as fitted:
+        for step, sweep in sweeps.items():
+            probes, codes = sweep.fit(train, ridge, fitted), {}
+            if code or method == "logistic":
+                sample = sweep.sample(train, limit, seed)
+                codes = sweep.codes(sample, fitted) if code else {}
+                probes |= sweep.logistic(sample, fitted) if method == "logistic" else {}
+            rows += sweep.judge(step, probes, codes, held_out)
     order = {name: k for k, name in enumerate(names)}
     return ProbeTable(tuple(sorted(rows, key=lambda r: order[r.concept])))
 
@@ -191,6 +219,9 @@ def probe_table(
 METHODS = ("discriminant", "logistic")
 Key = tuple[int, int, bool]
 """(number of the place, number of the concept, whether it is the control task)."""
+Sample = Mapping[Key, tuple[Tensor, Tensor]]
+"""(activations, classes) of each."""
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -203,7 +234,8 @@ class _Sweep:
     controls: Sequence[Concept | None]
     batch_size: int
 
-    def _asked(self) -> list[tuple[int, bool, Concept]]:
+    def asked(self) -> list[tuple[int, bool, Concept]]:
+        """(number, whether it is the control task, concept) of all that is to be read."""
         pairs = list(zip(self.concepts, self.controls, strict=True))
         asked = [(k, False, concept) for k, (concept, _) in enumerate(pairs)]
         return asked + [(k, True, control) for k, (_, control) in enumerate(pairs) if control is not None]
@@ -213,8 +245,8 @@ class _Sweep:
         t = trace(self.graph, check_inputs(self.graph, batch.inputs, batch.mask), keep=True)
         return [site.activations(t) for site in self.sites]
 
-    def fit(self, data: TokenData, ridge: float) -> dict[Key, LinearProbe]:
-        asked = self._asked()
+    def fit(self, data: TokenData, ridge: float, fitted: Callable[[], None]) -> dict[Key, LinearProbe]:
+        asked = self.asked()
 
         def step(batch: Batch) -> dict[str, Tensor]:
             out: dict[str, Tensor] = {}
@@ -226,13 +258,13 @@ class _Sweep:
             return out
 
         sums = accumulate(data, step, batch_size=self.batch_size, description="fitting probes", progress=False)
-        return {
-            (p, k, c): fit_probe(_under(sums, f"{p}/{k}/{c}/"), concept.classes, ridge)
-            for p in range(len(self.sites))
-            for k, c, concept in asked
-        }
+        probes = {}
+        for p, (k, c, concept) in product(range(len(self.sites)), asked):
+            probes[p, k, c] = fit_probe(_under(sums, f"{p}/{k}/{c}/"), concept.classes, ridge)
+            fitted()
+        return probes
 
-    def sample(self, data: TokenData, limit: int, seed: int) -> dict[Key, tuple[Tensor, Tensor]]:
+    def sample(self, data: TokenData, limit: int, seed: int) -> Sample:
         """(activations, classes) at the positions that have one, sequences in random order."""
         if data.n_tokens > limit:
             n = max(1, limit * len(data) // data.n_tokens)
@@ -240,7 +272,7 @@ class _Sweep:
         data = data.select(torch.randperm(len(data), generator=torch.Generator().manual_seed(seed)))
         found: dict[Key, list[tuple[Tensor, Tensor]]] = {}
         for batch in data.batches(self.batch_size):
-            labels = [(k, c, *concept.values(batch)) for k, c, concept in self._asked() if concept.classes]
+            labels = [(k, c, *concept.values(batch)) for k, c, concept in self.asked() if concept.classes]
             for p, x in enumerate(self._activations(batch)):
                 for k, c, value, said in labels:
                     here = said.to(x.device)
@@ -250,18 +282,27 @@ class _Sweep:
     def _classes(self, key: Key) -> int:
         return self.concepts[key[1]].classes
 
-    def logistic(self, sample: Mapping[Key, tuple[Tensor, Tensor]]) -> dict[Key, LinearProbe]:
-        return {key: logistic_probe(x, label, self._classes(key)) for key, (x, label) in sample.items()}
+    def logistic(self, sample: Sample, fitted: Callable[[], None]) -> dict[Key, LinearProbe]:
+        return self._of_each(sample, logistic_probe, fitted)
 
-    def codes(self, sample: Mapping[Key, tuple[Tensor, Tensor]]) -> dict[Key, OnlineCode]:
-        return {key: online_code(x, label, self._classes(key)) for key, (x, label) in sample.items()}
+    def codes(self, sample: Sample, fitted: Callable[[], None]) -> dict[Key, OnlineCode]:
+        return self._of_each(sample, online_code, fitted)
+
+    def _of_each(
+        self, sample: Sample, make: Callable[[Tensor, Tensor, int], T], fitted: Callable[[], None]
+    ) -> dict[Key, T]:
+        made = {}
+        for key, (x, label) in sample.items():
+            made[key] = make(x, label, self._classes(key))
+            fitted()
+        return made
 
     def judge(
         self, step: int, probes: Mapping[Key, LinearProbe], codes: Mapping[Key, OnlineCode], data: TokenData
     ) -> list[ProbeRow]:
         found: dict[Key, list[np.ndarray]] = {key: [] for key in probes}
         for batch in data.batches(self.batch_size):
-            labels = [(k, c, *concept.values(batch)) for k, c, concept in self._asked()]
+            labels = [(k, c, *concept.values(batch)) for k, c, concept in self.asked()]
             for p, x in enumerate(self._activations(batch)):
                 for k, c, value, said in labels:
                     row = _right(probes[p, k, c], x, value.to(x.device), said.to(x.device))
@@ -270,12 +311,14 @@ class _Sweep:
         for p, site in enumerate(self.sites):
             for k, concept in enumerate(self.concepts):
                 score, baseline = _score(probes[p, k, False], np.concatenate(found[p, k, False], axis=1))
-                control = float("nan")
+                control, chance = float("nan"), float("nan")
                 if self.controls[k] is not None:
-                    control = _score(probes[p, k, True], np.concatenate(found[p, k, True], axis=1))[0].value
+                    dealt, chance = _score(probes[p, k, True], np.concatenate(found[p, k, True], axis=1))
+                    control = dealt.value
                 layer, probe = self.graph.stages[site.stage].layer, probes[p, k, False]
                 lengths = codes.get((p, k, False)), codes.get((p, k, True))
-                rows.append(ProbeRow(concept.name, site.name, layer, step, score, baseline, control, probe, *lengths))
+                figures = (score, baseline, control, probe, *lengths, chance)
+                rows.append(ProbeRow(concept.name, site.name, layer, step, *figures))
         return rows
 
 

@@ -9,7 +9,10 @@ from types import NoneType, UnionType
 from typing import Any, Literal, NotRequired, get_args, get_origin, get_type_hints, is_typeddict
 
 from unweave.errors import InputError
-from unweave.report.facts import DriverFacts, EdgeFacts, ExampleFacts, ModulesFacts, Number, PatternFacts, ReportData
+from unweave.report.facts import ReportData
+from unweave.report.figures import Number
+from unweave.report.modules import ModulesFacts
+from unweave.report.nodes import DriverFacts, EdgeFacts, ExampleFacts, PatternFacts
 
 __all__ = ["MAX_EDGES", "validate_report_data"]
 

@@ -9,50 +9,21 @@ from __future__ import annotations
 from typing import Any, Literal, NotRequired, TypedDict
 
 from unweave.report.checks import ChecksFacts
+from unweave.report.figures import Interval, Number
+from unweave.report.modules import ModulesFacts
+from unweave.report.nodes import DriverFacts, EdgeFacts, KindFacts, NodeFacts
 
 __all__ = [
     "Curve",
     "CurvePoint",
-    "DescriptionFacts",
-    "DirectionFacts",
-    "DriverFacts",
-    "EdgeFacts",
-    "ExampleFacts",
     "FaithfulnessRow",
-    "InterfaceDirection",
-    "InterfaceRow",
-    "Interval",
-    "KindFacts",
     "ModelFacts",
-    "ModuleBand",
-    "ModuleEffectRow",
-    "ModulesFacts",
-    "NodeFacts",
-    "NullFigure",
-    "NullTestRow",
-    "Number",
-    "PartitionFacts",
-    "PatternFacts",
     "PredictionPoint",
     "ProofRow",
-    "ReadDirection",
     "ReportData",
     "ScopeFacts",
-    "TokenInContext",
-    "TrafficFacts",
     "WorstToken",
-    "WriteDirection",
 ]
-
-Number = float | None
-
-
-class Interval(TypedDict):
-    """A mean over held-out data with its 95% interval."""
-
-    value: Number
-    low: Number
-    high: Number
 
 
 class ModelFacts(TypedDict):
@@ -126,139 +97,6 @@ class Curve(TypedDict):
     points: list[CurvePoint]
 
 
-class WriteDirection(TypedDict):
-    """A direction that a node writes, and the outputs it raises and lowers most."""
-
-    dimension: int
-    nats: Number
-    promotes: list[tuple[str, Number]]
-    suppresses: list[tuple[str, Number]]
-
-
-class ReadDirection(TypedDict):
-    """A direction that a port reads, and the input tokens that lie furthest along it."""
-
-    port: str
-    dimension: int
-    nats: Number
-    tokens: list[tuple[str, Number]]
-
-
-class NodeFacts(TypedDict):
-    """One node; ``layer`` is -1 for embeddings and n_layers for the output.
-
-    ``spectra`` and ``ranks`` have the keys "write" and "read.<port>"; a spectrum is nats per direction, largest first.
-    """
-
-    name: str
-    kind: Literal["embed", "attn", "head", "mlp", "map", "unembed", "other"]
-    layer: int
-    ports: list[str]
-    score_nats: Number
-    score_se: Number
-    n_parameters: NotRequired[Number]
-    ranks: NotRequired[dict[str, int]]
-    spectra: NotRequired[dict[str, list[Number]]]
-    writes: NotRequired[list[WriteDirection]]
-    reads: NotRequired[list[ReadDirection]]
-
-
-class EdgeFacts(TypedDict):
-    """One edge: nodes by their place in ``nodes``; ``kept`` is true unless said otherwise.
-
-    ``pairs`` says how its nats divide among leading directions, in thousandths: rows are what the port reads, columns
-    what the writer writes, signed by the virtual weight. ``kernel`` is an edge between feature maps itself, as rows of
-    weights, at most 32 x 32.
-    """
-
-    src: int
-    dst: int
-    port: str
-    nats: Number
-    se: Number
-    measured: bool
-    kept: NotRequired[bool]
-    pairs: NotRequired[list[list[int]]]
-    kernel: NotRequired[list[list[Number]]]
-
-
-class ExampleFacts(TypedDict):
-    """A token at which a direction was looked at: ``position`` in ``texts[text]``, with its value there.
-
-    ``around`` are the values at the tokens from ``start`` on, in hundredths of the direction's largest.
-    """
-
-    kind: Literal["top", "quantile", "bottom", "random"]
-    quantile: NotRequired[Number]
-    text: int
-    position: int
-    start: int
-    value: Number
-    around: list[int]
-
-
-class DescriptionFacts(TypedDict):
-    """A description with its held-out score, R^2; no label where it explains no more than chance (``note`` says why).
-
-    ``random_score`` is that of other directions' descriptions, ``null_score`` what a label has to exceed.
-    """
-
-    label: str | None
-    score: Number
-    random_score: Number
-    null_score: Number
-    note: str
-
-
-class DirectionFacts(TypedDict):
-    """Examples of one write direction of one node, and what drives it in words."""
-
-    node: int
-    dimension: int
-    largest: Number
-    mean: Number
-    std: Number
-    examples: list[ExampleFacts]
-    description: NotRequired[DescriptionFacts]
-
-
-class PatternFacts(TypedDict):
-    """Where a head looks around one token: a row of characters per query, from ``start`` on.
-
-    A character is 63rds of all attention, A-Z a-z 0-9 + / in this order; the first of a row is what goes to tokens
-    outside the window, the others to its tokens.
-    """
-
-    node: int
-    text: int
-    position: int
-    start: int
-    rows: list[str]
-
-
-class DriverFacts(TypedDict):
-    """What drives the nodes. A text is the places of its tokens in ``strings``; nodes are places in ``nodes``."""
-
-    strings: list[str]
-    texts: list[list[int]]
-    directions: list[DirectionFacts]
-    patterns: list[PatternFacts]
-    n_tokens: Number
-    n_held_out: Number
-
-
-class KindFacts(TypedDict):
-    """A kind of data: its share of the tokens, words that are typical of it, and the nats per token of its tokens that
-    every node and every edge is worth, in the order of ``nodes`` and ``edges``.
-    """
-
-    name: str
-    share: Number
-    words: list[str]
-    nodes: list[Number]
-    edges: list[Number]
-
-
 class ProofRow(TypedDict):
     """One thing that a circuit had to show."""
 
@@ -275,125 +113,6 @@ class PredictionPoint(TypedDict):
     attributed: Number
     measured: Number
     kept: bool
-
-
-class ModuleBand(TypedDict):
-    """What one block says to another: blocks by their number among the labels, nats per token (second order)."""
-
-    src: int
-    dst: int
-    nats: Number
-
-
-class PartitionFacts(TypedDict):
-    """One partition of the nodes: the block of each, numbered from 0, and what describing it takes.
-
-    ``inside``, ``heard`` and ``sent`` are the nats that each block keeps to itself, hears and sends; ``bands`` are the
-    strongest between blocks.
-    """
-
-    labels: list[int]
-    bits: Number
-    modularity: Number
-    n_cut: Number
-    inside: list[Number]
-    heard: list[Number]
-    sent: list[Number]
-    bands: list[ModuleBand]
-
-
-class NullTestRow(TypedDict):
-    """A statistic of the search against the same search on graphs without modules."""
-
-    null: str
-    statistic: str
-    value: Number
-    null_mean: Number
-    null_sd: Number
-    z: Number
-    percentile: Number
-    p: Number
-    n_null: int
-
-
-class TokenInContext(TypedDict):
-    """A token, the text before it, and its coordinate along a direction."""
-
-    context: str
-    token: str
-    coordinate: Number
-
-
-class InterfaceDirection(TypedDict):
-    """One direction that crosses between blocks, with the tokens at its two ends."""
-
-    nats: Number
-    highest: list[TokenInContext]
-    lowest: list[TokenInContext]
-
-
-class InterfaceRow(TypedDict):
-    """An interface of the measured partition: second-order nats, measured effect, dimensions for 95% of each."""
-
-    src: int
-    dst: int
-    edges: int
-    nats: Number
-    se: Number
-    measured: Interval | None
-    dimensions: int | None
-    measured_dimensions: int | None
-    directions: list[InterfaceDirection]
-
-
-class ModuleEffectRow(TypedDict):
-    """One or two blocks ablated: the effect, its percentile among random sets of nodes and the median of those."""
-
-    blocks: list[int]
-    nats: Interval
-    n_random: int
-    random: Number
-    percentile: Number
-    interaction: Interval | None
-    interaction_percentile: Number
-
-
-class NullFigure(TypedDict):
-    """A figure beside its null."""
-
-    value: Number
-    null_mean: Number
-    null_sd: Number
-    z: Number
-    percentile: Number
-
-
-class TrafficFacts(TypedDict):
-    """How central the communication is; ``busiest`` holds (node, traffic in nats, betweenness)."""
-
-    gini: NullFigure
-    hub: NullFigure
-    busiest: list[tuple[str, Number, Number]]
-
-
-class ModulesFacts(TypedDict):
-    """The search for modules. ``chosen`` and ``measured`` are places in ``hierarchy``, by number of blocks.
-
-    ``interfaces`` and ``effects`` belong to the partition measured. ``significant`` is None if no null was drawn.
-    ``idle`` nodes, by place, say and hear nothing; together they are one more block of every partition, not counted.
-    """
-
-    significant: bool | None
-    level: Number
-    tokens: Number
-    chosen: int
-    measured: int | None
-    hierarchy: list[PartitionFacts]
-    tests: list[NullTestRow]
-    interfaces: list[InterfaceRow]
-    effects: list[ModuleEffectRow]
-    traffic: NotRequired[TrafficFacts]
-    idle: NotRequired[list[int]]
 
 
 class ReportData(TypedDict):

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Float
 
 from unweave.errors import InputError
+from unweave.intervals import divide, interval_of, resample
 
-__all__ = ["Phenomenon", "Quantity", "over_pairs", "over_seeds", "pair_interval"]
+__all__ = ["Claim", "Phenomenon", "Quantity", "over_claims", "over_pairs", "over_seeds", "pair_interval"]
 
 DRAWS = 10_000
 
@@ -73,9 +75,27 @@ def over_seeds(
     if len(found) < 3:
         low, high = found.min(), found.max()
     else:
-        draws = np.random.default_rng(0).choice(found, (DRAWS, len(found))).mean(1)
-        low, high = np.quantile(draws, (0.025, 0.975))
+        _, low, high = interval_of([float(found[rows].mean()) for rows in resample(len(found), draws=DRAWS)])
     return Quantity(what, published, agrees, float(found.mean()), float(low), float(high), len(found), note)
+
+
+class Claim(NamedTuple):
+    """A quantity, what is published of it, and what agrees with that; written down before anything was measured."""
+
+    what: str
+    published: str
+    agrees: tuple[float, float]
+    note: str = ""
+
+
+def over_claims(claims: Mapping[str, Claim], found: Sequence[Mapping[str, float]]) -> list[Quantity]:
+    """A quantity for each claim, see :func:`over_seeds`.
+
+    Args:
+        claims: by the name of the figure.
+        found: the figures of every seed.
+    """
+    return [over_seeds(c.what, c.published, c.agrees, [f[name] for f in found], c.note) for name, c in claims.items()]
 
 
 def over_pairs(
@@ -121,8 +141,8 @@ def pair_interval(values: Float[np.ndarray, "seeds seeds"]) -> tuple[float, floa
     times = np.random.default_rng(0).multinomial(n, np.full(n, 1 / n), DRAWS).astype(float)
     count = np.einsum("di,ij,dj->d", times, measured.astype(float), times, optimize=True)
     total = np.einsum("di,ij,dj->d", times, known, times, optimize=True)
-    low, high = np.quantile(total[count > 0] / count[count > 0], (0.025, 0.975))
-    return float(values[measured].mean()), float(low), float(high)
+    value, low, high = interval_of([values[measured].mean(), *divide(total, count)])
+    return value, low, high
 
 
 @dataclass(frozen=True)

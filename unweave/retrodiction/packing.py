@@ -13,8 +13,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from unweave.features import dimensionality, features_per_dimension
-from unweave.retrodiction.claims import Phenomenon, Quantity, over_seeds
-from unweave.retrodiction.superposition import Claim, directions, graphs, trained
+from unweave.retrodiction.claims import Claim, Phenomenon, Quantity, over_claims
+from unweave.retrodiction.superposition import directions, graphs, trained
 
 __all__ = ["CLAIMS", "INVERSE_DENSITIES", "PHENOMENON", "measure"]
 
@@ -56,8 +56,7 @@ CLAIMS = {
 
 def measure(seeds: Sequence[int]) -> list[Quantity]:
     """Train a model per density for each seed and hold the lot against the paper."""
-    found = [_figures(seed) for seed in seeds]
-    return [over_seeds(c.what, c.published, c.agrees, [f[name] for f in found], c.note) for name, c in CLAIMS.items()]
+    return over_claims(CLAIMS, [_figures(seed) for seed in seeds])
 
 
 def _figures(seed: int) -> dict[str, float]:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 from einops import rearrange
@@ -20,7 +19,7 @@ from unweave.capture import capture
 from unweave.data import float_data
 from unweave.features import dimensionality, node_components, recovery
 from unweave.graph import Graph
-from unweave.retrodiction.claims import Phenomenon, Quantity, over_seeds
+from unweave.retrodiction.claims import Claim, Phenomenon, Quantity, over_claims
 from unweave.scope import Scope
 from unweave.zoo import superposition as toy
 from unweave.zoo.mlp import linear_layers
@@ -32,16 +31,6 @@ STEPS = 3000
 FRESH = 8000
 REPRESENTED = 0.5
 BORDERS = (0.5, 1.0)
-
-
-class Claim(NamedTuple):
-    """A quantity, what is published of it, and what agrees with that; written down before anything was measured."""
-
-    what: str
-    published: str
-    agrees: tuple[float, float]
-    note: str = ""
-
 
 PICTURE = "a picture and its account, no number: "
 CLAIMS = {
@@ -81,11 +70,7 @@ CLAIMS = {
 
 def measure(seeds: Sequence[int]) -> list[Quantity]:
     """Train all of it for each seed and hold it against the papers."""
-    found = [_figures(seed) for seed in seeds]
-    return [
-        over_seeds(claim.what, claim.published, claim.agrees, [f[name] for f in found], claim.note)
-        for name, claim in CLAIMS.items()
-    ]
+    return over_claims(CLAIMS, [_figures(seed) for seed in seeds])
 
 
 def phase_border(importance: float) -> float:

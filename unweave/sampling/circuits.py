@@ -11,7 +11,8 @@ import torch
 from unweave.ablation import Means
 from unweave.circuits import Circuit, Proof, find_circuit, prove
 from unweave.data import TokenData
-from unweave.drivers.descriptions import Description, describe_values
+from unweave.drivers.describing import describe_values
+from unweave.drivers.descriptions import Description
 from unweave.errors import EmptyDataError, InputError
 from unweave.graph import Graph
 from unweave.sampling.finding import find_types, place_types

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from unweave.data import Batch
 from unweave.errors import InputError, ShapeError, UnknownNameError
-from unweave.scope.quotients import wide
+from unweave.ops import wide
 from unweave.scope.scopes import Scope, position_mask
 
 __all__ = ["agreement", "divergence", "fisher_cotangent", "loss", "metric"]

@@ -13,6 +13,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from unweave.errors import InputError, ShapeError, UnknownNameError
+from unweave.ops import wide
 
 __all__ = ["Quotient", "wide"]
 
@@ -212,7 +213,3 @@ def _ids(member: int | str, name: str, d_out: int, ids_of: Mapping[str, list[int
     if not 0 <= int(member) < d_out:
         raise InputError(f"id {member} of class {name!r} is outside the {d_out} outputs")
     return [int(member)]
-
-
-def wide(x: Tensor) -> Tensor:
-    return x if x.dtype == torch.float64 else x.float()

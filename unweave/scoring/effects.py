@@ -13,6 +13,7 @@ from torch import Tensor
 
 from unweave.ablation import Replacement, batch_trace
 from unweave.data import Batch, TokenData
+from unweave.data.tokens import repeat_rows
 from unweave.errors import InputError
 from unweave.execution import Trace, finish_stage, plan_of, run_stages
 from unweave.freezing import freeze
@@ -157,18 +158,14 @@ def _run_from(t: Trace, s: int, nodes: Tensor, codes: Float[Tensor, "batch copie
     replaced = repeat(t.codes[s], "b n t w -> k b n t w", k=copies).clone()
     replaced[torch.arange(copies), :, nodes] = rearrange(codes, "b k t w -> k b t w")
     out = Trace(t.graph, t.plan, context, counterfactual=_repeated(t.counterfactual, copies))
-
-    def again(x: Tensor) -> Tensor:
-        return x.repeat(copies, *([1] * (x.ndim - 1)))
-
     later_apart = {i for stage in t.graph.stages[s + 1 :] for i in range(*stage.visible)}
     for i in range(s):
         apart = t.plan.stages[i].each_needed and i in later_apart
-        out.each.append(again(t.node_writes(i)) if apart else None)
+        out.each.append(repeat_rows(t.node_writes(i), copies) if apart else None)
         out.total.append(t.total[i])  # heard only through the sums below
     horizons = {stage.visible for stage in t.graph.stages[s + 1 :]}
     for lo, hi in {(lo, min(hi, s)) for lo, hi in horizons if lo < min(hi, s)}:
-        out.preset(lo, hi, again(t.stream(lo, hi)))
+        out.preset(lo, hi, repeat_rows(t.stream(lo, hi), copies))
     finish_stage(out, s, rearrange(replaced, "k b n t w -> (k b) n t w"))
     run_stages(out, s + 1)
     return out.output
@@ -180,8 +177,8 @@ def _repeated(t: Trace | None, copies: int) -> Trace | None:
         return None
     out = Trace(t.graph, t.plan, t.context.expand(copies))
     for s in range(len(t.graph.stages) - 1):
-        out.each.append(t.node_writes(s).repeat(copies, 1, 1, 1))
-        out.total.append(t.total[s].repeat(copies, 1, 1))
+        out.each.append(repeat_rows(t.node_writes(s), copies))
+        out.total.append(repeat_rows(t.total[s], copies))
     return out
 
 

@@ -1,6 +1,6 @@
 """Universality: the same nodes, edges, subspaces and features in two networks, and one in the other's place."""
 
-from unweave.universality.aligning import align_tokens
+from unweave.universality.aligning import align_tokens, load_aligned
 from unweave.universality.matching import EdgeAgreement, Matching, NodePair, compare_edges, match, similarities
 from unweave.universality.similarity import CrossMoments, cross_moments, linear_cka, procrustes, svcca
 from unweave.universality.spaces import FeatureMatches, match_features, mean_max_cosine, principal_cosines
@@ -19,6 +19,7 @@ __all__ = [
     "cross_moments",
     "fit_stitch",
     "linear_cka",
+    "load_aligned",
     "match",
     "match_features",
     "mean_max_cosine",

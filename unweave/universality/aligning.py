@@ -8,18 +8,22 @@ spends on a unit is the sum over its tokens.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from unweave.data import Batch, TokenData
+from unweave.data import Batch, TokenData, from_tensor
+from unweave.data.reading import pieces
 from unweave.errors import EmptyDataError, InputError
 
-__all__ = ["UNITS", "Units", "align_tokens", "check_pairs", "paired_batch"]
+__all__ = ["UNITS", "Units", "align_tokens", "check_pairs", "load_aligned", "paired_batch"]
 
 # the label that says which unit each token belongs to
 UNITS = "unit"
@@ -64,6 +68,73 @@ def align_tokens(
     if all(int(u.max()) < 0 for u in units_a):
         raise EmptyDataError("no token of one tokenization ends where one of the other does; are these the same texts?")
     return _labelled(data_a, torch.stack(units_a)), _labelled(data_b, torch.stack(units_b))
+
+
+def load_aligned(
+    source: str | Path,
+    tokenizer_a: Any,
+    tokenizer_b: Any,
+    *,
+    context: int,
+    limit: int,
+    context_b: int | None = None,
+    text_field: str = "text",
+    split: str = "train",
+) -> tuple[TokenData, TokenData]:
+    """The same texts as tokens of two tokenizers, aligned: A's windows, and the text of each as B's tokens.
+
+    Args:
+        source: text, as :func:`unweave.load_data` reads it.
+        tokenizer_a, tokenizer_b: fast ones, which know what characters a token stands for.
+        context: the longest sequence of A; ``context_b`` that of B, the same by default.
+        limit: stop after so many sequences.
+
+    Returns:
+        The data with the label "unit", see :func:`align_tokens`.
+
+    Raises:
+        InputError: a tokenizer that is not fast, or token ids in place of text.
+        EmptyDataError: nothing to read, or no ends in common.
+        StorageError: no such file.
+    """
+    for name, tokenizer in (("tokenizer_a", tokenizer_a), ("tokenizer_b", tokenizer_b)):
+        if not getattr(tokenizer, "is_fast", False):
+            raise InputError(f"{name} does not say which characters its tokens stand for; give a fast tokenizer")
+
+    def spelled(tokenizer: Any, text: str) -> Spelling:
+        out = tokenizer(text, return_offsets_mapping=True, truncation=False, verbose=False)
+        return list(zip(out["input_ids"], out["offset_mapping"], strict=True))
+
+    def windows() -> Iterator[tuple[Spelling, Spelling]]:
+        for _, text in pieces(str(source), text_field, {}, split):
+            if not isinstance(text, str):
+                raise InputError(f"{source} holds token ids; two tokenizers need text to be aligned by")
+            whole = spelled(tokenizer_a, text)
+            for start in range(0, len(whole), context):
+                a = whole[start : start + context]
+                low = next((first for _, (first, last) in a if last > first), 0)
+                b = spelled(tokenizer_b, text[low : a[-1][1][1]])[: context_b or context]
+                if len(a) > 1 and len(b) > 1:
+                    yield a, [(i, (first + low, last + low) if last else (0, 0)) for i, (first, last) in b]
+
+    found = list(islice(windows(), limit))
+    if not found:
+        raise EmptyDataError(f"{source}: no text of two tokens or more")
+    sides = [[pair[side] for pair in found] for side in (0, 1)]
+    data = [_packed(rows, str(source)) for rows in sides]
+    offsets = [[[span for _, span in row] for row in rows] for rows in sides]
+    return align_tokens(data[0], offsets[0], data[1], offsets[1])
+
+
+Spelling = list[tuple[int, tuple[int, int]]]
+"""(id, (start, end) in the text) of each token."""
+
+
+def _packed(rows: list[Spelling], source: str) -> TokenData:
+    longest = max(len(row) for row in rows)
+    tokens = torch.tensor([[i for i, _ in row] + [0] * (longest - len(row)) for row in rows])
+    mask = torch.arange(longest) < torch.tensor([len(row) for row in rows])[:, None]
+    return from_tensor(tokens, mask, source=source)
 
 
 def _units_of(ends: Int[Tensor, " tokens"], common: Int[Tensor, " units"], width: int) -> Int[Tensor, " width"]:

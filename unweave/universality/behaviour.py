@@ -23,8 +23,7 @@ from torch import Tensor
 from unweave.data import Batch, TokenData
 from unweave.execution import check_inputs, trace
 from unweave.graph import Graph
-from unweave.ops import Attention
-from unweave.scope.quotients import wide
+from unweave.ops import Attention, wide
 from unweave.statistics import Sums
 from unweave.universality.aligning import Units
 

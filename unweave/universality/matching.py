@@ -88,6 +88,7 @@ class Matching:
         nodes_a, nodes_b: by kind, the names of its rows and columns.
         edges: whether the edges map, too; None where not asked for.
         null: the mean similarity of matches with each network of noise.
+        null_pairs: by kind, the similarities of all those matches.
     """
 
     pairs: tuple[NodePair, ...]
@@ -97,6 +98,7 @@ class Matching:
     nodes_b: dict[str, tuple[str, ...]]
     edges: EdgeAgreement | None = None
     null: tuple[float, ...] = field(default=())
+    null_pairs: dict[str, tuple[float, ...]] = field(default_factory=dict)
 
     @property
     def score(self) -> float:
@@ -108,6 +110,13 @@ class Matching:
         """How often a network of noise is matched as well, (1 + those) / (1 + all); NaN where none was asked for."""
         as_well = sum(value >= self.score for value in self.null)
         return (1 + as_well) / (1 + len(self.null)) if self.null else float("nan")
+
+    def p_of(self, pair: NodePair) -> float:
+        """How often a node of its kind finds a match as alike in a network of noise; NaN where none was asked for."""
+        kind = next(kind for kind, names in self.nodes_a.items() if pair.a in names)
+        drawn = self.null_pairs.get(kind, ())
+        as_well = sum(value >= pair.similarity for value in drawn)
+        return (1 + as_well) / (1 + len(drawn)) if drawn else float("nan")
 
     @property
     def of(self) -> dict[str, str]:
@@ -193,11 +202,14 @@ def match(
     names = {kind: (Signals(graph_a, kind).nodes, Signals(graph_b, kind).nodes) for kind in found}
     pairs = tuple(p for kind, s in found.items() for p in assign(s, *names[kind], least, one_to_one))
     generator = torch.Generator().manual_seed(seed)
-    scores = []
+    scores: list[float] = []
+    null_pairs: dict[str, tuple[float, ...]] = {kind: () for kind in found}
     for _ in range(nulls):
         noise = NETWORK_NULLS[null](graph_b, generator)
         drawn = similarities(graph_a, noise, data, data_b, by=by, scope=scope, **options)
-        scores.append(_mean([p for kind, s in drawn.items() for p in assign(s, *names[kind], None, one_to_one)]))
+        matched = {kind: assign(s, *names[kind], None, one_to_one) for kind, s in drawn.items()}
+        scores.append(_mean([p for pairs in matched.values() for p in pairs]))
+        null_pairs = {kind: (*null_pairs[kind], *(p.similarity for p in matched[kind])) for kind in matched}
     agreement = None
     if edges and pairs:
         scored = [
@@ -205,7 +217,7 @@ def match(
         ]
         agreement = compare_edges(scored[0], scored[1], {p.a: p.b for p in pairs}, seed=seed)
     nodes_a, nodes_b = ({kind: pair[side] for kind, pair in names.items()} for side in (0, 1))
-    return Matching(pairs, by, found, nodes_a, nodes_b, agreement, tuple(scores))
+    return Matching(pairs, by, found, nodes_a, nodes_b, agreement, tuple(scores), null_pairs)
 
 
 def _mean(pairs: list[NodePair]) -> float:

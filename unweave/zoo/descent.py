@@ -35,6 +35,7 @@ def descend(
         after: called after each step, on the model as it is then.
 
     Example:
+        >>> _ = torch.manual_seed(0)
         >>> model = nn.Linear(1, 1)
         >>> x = torch.tensor([[1.0], [2.0]])
         >>> found = list(descend(model, lambda step: ((model(x) - x).square().mean(), 0.0), 200, 0.1))
