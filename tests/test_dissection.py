@@ -116,7 +116,15 @@ def test_circuit_writes_everything(tmp_path):
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (["zoo:induction"], "give --task"),
+        (["./model"], "give --task: a .jsonl file, or one of"),
+        (["./model"], "or --data: what the model reads"),
+        (["zoo:induction", "--task", "induction", "--data", "zoo:induction"], "not both"),
+        (["zoo:induction", "--task", "induction", "--at", "last"], "not both"),
+        (["zoo:induction", "--at", "ansered"], "the closest: answered"),
+        (["zoo:induction", "--data", "zoo:two_tasks"], "the model reads token ids, and zoo:two_tasks holds vectors of"),
+        (["zoo:two_tasks", "--data", "zoo:induction"], "holds token ids; give what it reads"),
+        (["zoo:induction", "--ablation", "counterfactual"], "has no corrupted prompts"),
+        (["zoo:induction", "--metric", "logit_difference"], "has no answers"),
         (["zoo:induction", "--task", "inducton"], "closest: induction"),
         (["zoo:induction", "--task", "ioi"], "takes a tokenizer"),
         (["zoo:induction", "--task", "induction", "--edges", 5, "--kl-nats", 1], "exactly one budget"),

@@ -1,4 +1,4 @@
-"""A behaviour in one call: a model and a task in, a circuit with its proof out."""
+"""A behaviour in one call: a model and a task, or plain data, in; a circuit with its proof out."""
 
 from __future__ import annotations
 
@@ -18,15 +18,16 @@ from unweave.circuits import Circuit, FaithfulnessCurve, Proof, faithfulness_cur
 from unweave.data import TokenData
 from unweave.errors import InputError
 from unweave.graph import Graph
-from unweave.pipeline import edge_facts, node_facts, stamp
+from unweave.pipeline import data_for, default_scope, edge_facts, node_facts, stamp
 from unweave.report import MAX_EDGES
-from unweave.scope import Scope, describe
+from unweave.scope import Scope, describe, require_positions
 from unweave.scoring import EdgeScores, measure_edges, score_edges
 from unweave.storage import save_graph
 from unweave.tasks import Task, TaskCheck, check_task, list_tasks, load_task, make_task, require_solved
 
 __all__ = ["Dissected", "Prediction", "dissect", "predict_effects", "proof_prompts"]
 
+SEQUENCES, VECTORS = 128, 512
 POSITIONS = ("together", "apart", "named")
 
 
@@ -35,8 +36,8 @@ class Dissected:
     """What :func:`dissect` found.
 
     Attributes:
-        task: with all its prompts.
-        check: how well the model does the task.
+        task: with all its prompts, or the data and its scope as one.
+        check: how well the model does the task; None for plain data, which has no right answers to compare with.
         circuit: found on half of the prompts.
         proof: on the other half.
         curves: faithfulness against size, by ranking: "unweave", "EAP-IG", "EAP", "random".
@@ -45,7 +46,7 @@ class Dissected:
     """
 
     task: Task
-    check: TaskCheck
+    check: TaskCheck | None
     circuit: Circuit
     proof: Proof
     curves: Mapping[str, FaithfulnessCurve]
@@ -59,14 +60,17 @@ class Dissected:
 
 def dissect(
     model: str | Path | nn.Module,
-    task: str | Path | Task,
+    task: str | Path | Task | None = None,
     *,
+    data: str | Path | TokenData | None = None,
+    scope: Scope | None = None,
     edges: int | None = None,
     kl_nats: float | None = None,
     faithfulness: float | None = None,
     ablation: str | None = None,
     metric: str = "kl",
-    prompts: int = 128,
+    prompts: int | None = None,
+    context: int = 128,
     level: str = "edge",
     positions: str = "together",
     frozen: str = "none",
@@ -77,21 +81,29 @@ def dissect(
 ) -> Dissected:
     """Find the circuit of a behaviour on half of its prompts and prove it on the other half.
 
+    The behaviour is a task, or what the model says on plain data, right or wrong: then nothing is asked of the model.
+
     Args:
         model: see :func:`capture`.
         task: the name of a ready-made one (:func:`unweave.tasks.list_tasks`), a ``.jsonl`` file
-            (:func:`unweave.tasks.load_task`), or a :class:`Task`.
+            (:func:`unweave.tasks.load_task`), or a :class:`Task`. Without one:
+        data: see :func:`load_data`; zoo models bring their own.
+        scope: the positions of the data to explain; by default all, or those labelled "answered", as zoo rooms
+            do.
         edges, kl_nats, faithfulness: the budget; by default faithfulness = 0.9.
         ablation: by default "counterfactual" where the task has corrupted prompts, else "mean".
         metric: "kl" or "logit_difference", for tasks made or loaded here.
-        prompts: how many to make.
+        prompts: how many to make, or how many sequences to load; by default 128, and 512 where each is one vector or
+            image, of which one output is explained.
+        context: the longest sequence to load.
         level: see :func:`find_circuit`.
         positions: "together"; "apart": an edge leads from one position to another (:meth:`Graph.unroll`), which wants
             short prompts of one form; or "named": only positions that the task names are apart.
         frozen: what the gradients that guide the search do not pass through, see :func:`score_edges`.
 
     Raises:
-        InputError: the model cannot do the task better than chance, or the budget cannot be met.
+        InputError: both a task and data, or neither; the model cannot do the task better than chance, or the budget
+            cannot be met.
 
     Cost:
         That of :func:`find_circuit` and :func:`prove`, and one pass per size for each of four rankings.
@@ -107,38 +119,78 @@ def dissect(
     source = "" if isinstance(model, nn.Module) else str(model)
     graph = dataclasses.replace(graph, info={**graph.info, "model": source})
     tokenizer = tokenizer if tokenizer is not None or isinstance(model, nn.Module) else load_tokenizer(model)
-    made_of = str(task) if isinstance(task, str | Path) else ""
-    task = _task(task, graph, tokenizer, metric, prompts, seed)
     options: dict[str, Any] = {"batch_size": batch_size, "progress": progress}
-    check = check_task(graph, task, **options)
-    require_solved(check)
+    if prompts is None:
+        prompts = SEQUENCES if graph.info.get("d_vocab") else VECTORS
+    origin: dict[str, Any] = {"prompts": prompts, "metric": metric}
+    check = None
+    if task is None:
+        rows = data_for(source, data, graph, tokenizer, context, prompts, progress)
+        task = _data_task(rows, scope, graph, metric)
+        origin |= {"metric": task.metric, "context": context} | _origin(data, source, task.scope)
+    else:
+        if data is not None or scope is not None:
+            raise InputError("give a task, which has its own prompts and scope, or data (and scope), not both")
+        origin["made_of"] = str(task) if isinstance(task, str | Path) else ""
+        task = _task(task, graph, tokenizer, metric, prompts, seed)
+        check = check_task(graph, task, **options)
+        require_solved(check)
     graph = _unrolled(graph, task, positions)
     kind = ablation or ("mean" if task.corrupted is None else "counterfactual")
-    data, test = _halves(task, kind, seed)
+    found, held_out = _halves(task, kind, seed)
     budget = {"edges": edges, "kl_nats": kl_nats, "faithfulness": faithfulness}
     if all(b is None for b in budget.values()):
         budget["faithfulness"] = 0.9
     search: dict[str, Any] = {"ablation": kind, "level": level, "frozen": frozen, "seed": seed, **budget, **options}
-    circuit = find_circuit(graph, data, task.scope, **search)
-    proof = prove(circuit, test, seed=seed, **options)
-    curves = _curves(circuit, data, test, seed, options)
-    prediction = predict_effects(circuit, test, seed=seed, **options)
-    given = {k: v for k, v in budget.items() if v is not None}
-    report = _report(circuit, proof, curves, prediction, task, check, len(data))
+    circuit = find_circuit(graph, found, task.scope, **search)
+    proof = prove(circuit, held_out, seed=seed, **options)
+    curves = _curves(circuit, found, held_out, seed, options)
+    prediction = predict_effects(circuit, held_out, seed=seed, **options)
+    report = _report(circuit, proof, curves, prediction, task, check, found)
     report["provenance"] = {
         "model": source or type(model).__name__,
         "task": task.name,
-        "made_of": made_of,
-        "prompts": prompts,
-        "metric": metric,
+        **origin,
         "ablation": kind,
         "level": level,
         "positions": positions,
         "frozen": frozen,
-        "budget": given,
+        "budget": {k: v for k, v in budget.items() if v is not None},
         **stamp(seed, started),
     }
     return Dissected(task, check, circuit, proof, curves, prediction, report)
+
+
+def _data_task(data: TokenData, scope: Scope | None, graph: Graph, metric: Any) -> Task:
+    """Plain data with its scope as a task without answers."""
+    _require_fitting(data, graph)
+    if scope is None:
+        scope = dataclasses.replace(default_scope("zoo:" if "answered" in data.labels else ""), divergence=metric)
+        if data.tokens.is_floating_point():
+            scope = dataclasses.replace(scope, description="what it says to every input")
+    own = bool(data.source) and data.source == graph.info.get("model")
+    name = "its own data" if own else Path(data.source).name or "data"
+    task = Task(name, data, scope, description=scope.description)
+    require_positions(scope, data)
+    return task
+
+
+def _origin(data: str | Path | TokenData | None, model: str, scope: Scope) -> dict[str, Any]:
+    """Where plain data came from, for :func:`proof_prompts`; nothing where it cannot be loaded again."""
+    if isinstance(data, TokenData) or callable(scope.positions):
+        return {}
+    return {"data": str(data or model), "scope": scope.to_json()}
+
+
+def _require_fitting(data: TokenData, graph: Graph) -> None:
+    """Refuse vectors for a model of tokens, ids for one of vectors, and vectors of another length."""
+    wanted = graph.info.get("d_input")
+    got = data.tokens.shape[2] if data.tokens.is_floating_point() else None
+    if wanted != got:
+        shape = " x ".join(map(str, graph.info.get("image", ())))
+        reads = f"vectors of {wanted} numbers{f' (images of {shape})' if shape else ''}" if wanted else "token ids"
+        held = f"vectors of {got} numbers" if got else "token ids"
+        raise InputError(f"the model reads {reads}, and {data.source or 'the data'} holds {held}; give what it reads")
 
 
 def _halves(task: Task, ablation: str, seed: int) -> tuple[TokenData, TokenData]:
@@ -155,10 +207,11 @@ def proof_prompts(provenance: Mapping[str, Any], graph: Graph, tokenizer: Any = 
         graph: of the model.
 
     Returns:
-        None where the origin is no task that can be made again.
+        None where the origin is no task that can be made again, and no data that can be loaded again.
 
     Raises:
-        InputError: the task cannot be made with this tokenizer, or its file is gone.
+        InputError: the task cannot be made with this tokenizer.
+        StorageError: its file, or that of the data, is gone.
 
     Example:
         >>> import unweave
@@ -167,12 +220,19 @@ def proof_prompts(provenance: Mapping[str, Any], graph: Graph, tokenizer: Any = 
         >>> len(data), scope.positions
         (8, 'end')
     """
-    known = {"made_of": str, "prompts": int, "seed": int, "metric": str, "ablation": str}
-    if not all(isinstance(provenance.get(key), kind) for key, kind in known.items()) or not provenance["made_of"]:
+    made_of, source = provenance.get("made_of"), provenance.get("data")
+    known: dict[str, type] = {"prompts": int, "seed": int, "ablation": str}
+    known |= {"data": str, "context": int, "scope": dict} if source else {"made_of": str, "metric": str}
+    if not (made_of or source) or not all(isinstance(provenance.get(key), kind) for key, kind in known.items()):
         return None
-    made_of, prompts, seed, metric, ablation = (provenance[key] for key in known)
-    task = _task(made_of, graph, tokenizer, metric, prompts, seed)
-    return _halves(task, ablation, seed)[1], task.scope
+    prompts, seed = int(provenance["prompts"]), int(provenance["seed"])
+    if source:
+        scope, context = Scope.from_json(provenance["scope"]), int(provenance["context"])
+        rows = data_for("", str(source), graph, tokenizer, context, prompts, None)
+        task = _data_task(rows, scope, graph, scope.divergence)
+    else:
+        task = _task(str(made_of), graph, tokenizer, provenance["metric"], prompts, seed)
+    return _halves(task, str(provenance["ablation"]), seed)[1], task.scope
 
 
 def _unrolled(graph: Graph, task: Task, positions: str) -> Graph:
@@ -189,7 +249,7 @@ def _task(task: str | Path | Task, graph: Graph, tokenizer: Any, metric: Any, pr
         return task
     vocabulary = graph.info.get("d_vocab")
     if vocabulary is None:
-        raise InputError("this network reads no tokens: give a Task made of its own data")
+        raise InputError("this network reads no tokens, which every ready-made task is made of: give data instead")
     if str(task) not in list_tasks() and (Path(task).suffix == ".jsonl" or Path(task).exists()):
         return load_task(task, tokenizer, vocabulary=vocabulary, metric=metric)
     own = {"vocabulary": vocabulary} if tokenizer is None else {}
@@ -284,8 +344,8 @@ def _report(
     curves: Mapping[str, FaithfulnessCurve],
     prediction: Prediction,
     task: Task,
-    check: TaskCheck,
-    n_search: int,
+    check: TaskCheck | None,
+    found: TokenData,
 ) -> dict[str, Any]:
     graph = circuit.original
     return {
@@ -296,8 +356,8 @@ def _report(
         "scope": {
             **describe(circuit.scope),
             "description": task.description or task.name,
-            "n_sequences_calibration": n_search,
-            "n_tokens_calibration": n_search,
+            "n_sequences_calibration": len(found),
+            "n_tokens_calibration": require_positions(circuit.scope, found),
             "n_sequences_held_out": proof.n_prompts,
             "n_tokens_held_out": proof.n_tokens,
         },
@@ -353,13 +413,14 @@ def _curve(name: str, curve: FaithfulnessCurve) -> dict[str, Any]:
 
 
 def _proof(
-    proof: Proof, curves: Mapping[str, FaithfulnessCurve], prediction: Prediction, check: TaskCheck
+    proof: Proof, curves: Mapping[str, FaithfulnessCurve], prediction: Prediction, check: TaskCheck | None
 ) -> list[dict[str, Any]]:
-    rows = [
-        {"what": "accuracy of the model on the task", **_exactly(check.accuracy)},
-        {"what": "chance", **_exactly(check.chance)},
-        *({key: row[key] for key in ("what", "value", "low", "high")} for row in proof.table()),
-    ]
+    rows = [{key: row[key] for key in ("what", "value", "low", "high")} for row in proof.table()]
+    if check is not None:
+        rows[:0] = [
+            {"what": "accuracy of the model on the task", **_exactly(check.accuracy)},
+            {"what": "chance", **_exactly(check.chance)},
+        ]
     for name, curve in curves.items():
         rows.append({"what": f"CPR, {name} ranking (higher is better)", **_exactly(curve.cpr)})
         rows.append({"what": f"CMD, {name} ranking (lower is better)", **_exactly(curve.cmd)})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from html import escape
 
 import torch
@@ -15,7 +16,14 @@ from unweave.errors import InputError, UnknownNameError
 from unweave.graph import Edge, Graph, Stage
 from unweave.ops import Chain, Convolution, Core, Joined, Pair, Placed, Pool
 
-__all__ = ["compose_kernels", "draw_kernels", "expanded_kernels", "kernels_into", "layers_of_maps"]
+__all__ = [
+    "compose_kernels",
+    "draw_kernels",
+    "expanded_kernels",
+    "kernels_between",
+    "kernels_into",
+    "layers_of_maps",
+]
 
 # more pixels than a page should hold as rectangles
 MOST_PIXELS = 40_000
@@ -79,17 +87,56 @@ def kernels_into(
     return kernels * marks.to(kernels)[:, :, None, None]
 
 
-def _sources(graph: Graph, s: int) -> dict[str, tuple[Convolution, slice]]:
-    """The layers that a stage reads through convolutions: (kernels, which of the visible writers are its maps)."""
-    stage, found = graph.stages[s], dict[str, tuple[Convolution, slice]]()
+def kernels_between(graph: Graph) -> dict[tuple[int, int], Float[Tensor, "maps_out maps_in height width"]]:
+    """The kernels between whole maps by (stage that writes, stage that reads), whatever is cut.
+
+    Left out are skips that only carry maps on unchanged, layers that are read in two ways at once, and stages whose
+    nodes are not one per map.
+
+    Example:
+        >>> import unweave
+        >>> {pair: kernels.shape for pair, kernels in kernels_between(unweave.capture("zoo:oriented_shapes")).items()}
+        {(0, 1): torch.Size([12, 1, 5, 5]), (1, 2): torch.Size([32, 12, 3, 3])}
+    """
+    found = {}
+    for s in layers_of_maps(graph).values():
+        for source in _sources(graph, s).values():
+            shape = len(graph.stages[s].nodes), len(graph.stages[source.stage].nodes)
+            if source.convolution is None or _carries(source.convolution):
+                continue
+            kernels = source.convolution.ungrouped()
+            if kernels.shape[:2] == shape:
+                found[source.stage, s] = kernels
+    return found
+
+
+def _carries(convolution: Convolution) -> bool:
+    """Whether each map is the one in its place, times 1."""
+    kernels = convolution.kernels
+    return kernels.shape[1:] == (1, 1, 1) and convolution.groups == len(kernels) and bool((kernels == 1).all())
+
+
+@dataclass(frozen=True)
+class _Source:
+    """A layer that a stage reads: through what (None: through several at once), and which visible writers it is."""
+
+    convolution: Convolution | None
+    maps: slice
+    stage: int
+
+
+def _sources(graph: Graph, s: int) -> dict[str, _Source]:
+    """The layers that a stage reads through convolutions."""
+    stage, found = graph.stages[s], dict[str, _Source]()
     for map_ in (read.map for port in stage.ports for read in port.reads):
         parts = zip(map_.maps, map_.starts, strict=True) if isinstance(map_, Joined) else [(map_, 0)]
         for part, start in parts:
             first = 0
-            for other in graph.stages[slice(*stage.visible)]:
+            for number, other in enumerate(graph.stages[slice(*stage.visible)], stage.visible[0]):
                 at = other.write.start if isinstance(other.write, Placed) else 0
                 if isinstance(part, Convolution) and at == start and other.write is not None:
-                    found[_layer_of(other)] = part, slice(first, first + len(other.nodes))
+                    only = None if _layer_of(other) in found else part
+                    found[_layer_of(other)] = _Source(only, slice(first, first + len(other.nodes)), number)
                 first += len(other.nodes)
     return found
 
@@ -105,7 +152,10 @@ def _pick(graph: Graph, layer: str, s: int, source: str | None) -> tuple[Convolu
     source = next(iter(sources)) if source is None else source
     if source not in sources:
         raise UnknownNameError(f"layer that {layer} reads", source, sources)
-    return sources[source]
+    convolution, maps = sources[source].convolution, sources[source].maps
+    if convolution is None:
+        raise InputError(f"{layer} reads the maps of {source} through several convolutions at once: no one kernel each")
+    return convolution, maps
 
 
 def compose_kernels(

@@ -1,4 +1,4 @@
-"""``unweave circuit``: the part of a model that does a task."""
+"""``unweave circuit``: the part of a model that does a task, or that makes its output on plain data."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from unweave.cli.application import app, console, errors
-from unweave.cli.options import Frozen, Model, Seed
+from unweave.cli.options import Context, Data, Frozen, Model, Seed
 from unweave.cli.outputs import write_folder
 from unweave.cli.tables import edge_table, named_edges, number, with_interval
 from unweave.errors import InputError
@@ -23,6 +23,10 @@ __all__ = ["circuit", "print_circuit"]
 def circuit(
     model: Model,
     task: Annotated[str, typer.Option("--task", "-t", help="A ready-made task (see --list), or a .jsonl file.")] = "",
+    data: Data = None,
+    at: Annotated[
+        str | None, typer.Option("--at", help="Positions of the data to explain: all, last, or a label of a zoo room.")
+    ] = None,
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write.")] = Path("circuit"),
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the folder if it is a graph's.")] = False,
     edges: Annotated[int | None, typer.Option(help="Keep at most so many edges.")] = None,
@@ -40,13 +44,21 @@ def circuit(
         str, typer.Option(help="Take positions together, apart (edges lead from one to another), or apart where named.")
     ] = "together",
     frozen: Frozen = "none",
-    prompts: Annotated[int, typer.Option(help="How many prompts to make; half of them are for the proof.")] = 128,
+    prompts: Annotated[
+        int | None,
+        typer.Option(help="How many prompts to make, or sequences to load (the default: 128, of vectors 512)."),
+    ] = None,
+    context: Context = 128,
     list_: Annotated[bool, typer.Option("--list", help="List the ready-made tasks and stop.")] = False,
     seed: Seed = 0,
 ) -> None:
-    """Find the part of MODEL that does a task, prove it on other prompts, and write it to a folder."""
+    """Find the part of MODEL that does a task, prove it on other prompts, and write it to a folder.
+
+    Without --task: the part that makes its output on --data, or on a zoo model's own data.
+    """
     with errors():
         from unweave.dissection import dissect
+        from unweave.scope import Scope
         from unweave.storage import check_destination
         from unweave.tasks import list_tasks
 
@@ -54,12 +66,18 @@ def circuit(
             for name, text in list_tasks().items():
                 console.print(f"[bold]{escape(name)}[/]: {escape(text)}")
             return
-        if not task:
-            raise InputError(f"give --task: a .jsonl file, or one of {', '.join(list_tasks())}")
+        if not task and data is None and not model.startswith("zoo:"):
+            tasks = ", ".join(list_tasks())
+            raise InputError(
+                f"give --task: a .jsonl file, or one of {tasks}; or --data: what the model reads, without a task"
+            )
         check_destination(output, overwrite)
-        budget = {"edges": edges, "kl_nats": kl_nats, "faithfulness": faithfulness}
-        options = {"ablation": ablation, "metric": metric, "level": level, "positions": positions, "frozen": frozen}
-        found = dissect(model, task, prompts=prompts, seed=seed, **budget, **options)  # type: ignore[arg-type]
+        options: dict[str, Any] = {"edges": edges, "kl_nats": kl_nats, "faithfulness": faithfulness}
+        options |= {"ablation": ablation, "metric": metric, "level": level, "positions": positions}
+        options |= {"frozen": frozen, "prompts": prompts, "context": context, "seed": seed}
+        if at is not None:
+            options["scope"] = Scope(at, divergence=metric, description=f"positions: {at}")  # type: ignore[arg-type]
+        found = dissect(model, task or None, data=data, **options)
         write_folder(found, output, overwrite)
         print_circuit(found.report)
         console.print(f"\nwrote [bold]{escape(str(output))}/[/]: the circuit as a graph, results.json, report.html")

@@ -131,7 +131,7 @@ def check_matrices(graph: Graph) -> None:
     if any(isinstance(read.map, BlockMap) for s in graph.stages for p in s.ports for read in p.reads):
         raise InputError(
             "this graph reads through convolutions, whose kernels are stored once for all pixels: matrices of fewer "
-            "numbers would store more; cut edges between maps instead (find_circuit)"
+            "numbers would store more; cut edges between maps instead (find_circuit, or 'unweave circuit')"
         )
 
 

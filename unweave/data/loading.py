@@ -9,9 +9,10 @@ from typing import Any
 
 import numpy as np
 import torch
+from einops import rearrange
 
 from unweave import zoo
-from unweave.data.reading import Piece, open_npy, pieces
+from unweave.data.reading import Piece, open_array, open_npy, pieces
 from unweave.data.tokens import TokenData, check_ids, float_data, from_tensor, refuse_below
 from unweave.errors import EmptyDataError, InputError, UnknownNameError
 from unweave.progress import track
@@ -39,10 +40,11 @@ def load_data(
 
     ``.txt`` holds documents with two or more blank lines between them; ``.jsonl`` one document per line
     (``text_field``, or a list of ids under "tokens"); ``.npy`` ids ``[n pos]`` (a document per row) or ``[n]`` (one
-    document); ``.safetensors`` "tokens" ``[n pos]`` or ``[n]``, with an optional "mask" ``[n pos]`` or "lengths"
-    ``[n]``. A name that is no path, or begins with "hub:", is a hub data set. Documents longer than ``context`` are
-    cut into consecutive windows; a last window of a single token is left out, and documents of which nothing is left
-    are counted as dropped.
+    document), or reals ``[n ...]`` (a vector or image each, for networks without a vocabulary); ``.safetensors``
+    "tokens" ``[n pos]`` or ``[n]``, with an optional "mask" ``[n pos]`` or "lengths" ``[n]``. A name that is no
+    path, or begins with "hub:", is a hub data set. Documents longer than ``context`` are cut into consecutive
+    windows; a last window of a single token is left out, and documents of which nothing is left are counted as
+    dropped.
 
     Args:
         tokenizer: what turns text into ids (a Hugging Face tokenizer).
@@ -90,11 +92,24 @@ def load_data(
             return dataclasses.replace(float_data(inputs, {"answered": answered}), source=name)
         labels = module.labels(inputs) if hasattr(module, "labels") else {}
         return from_tensor(inputs, labels={"answered": answered, **labels}, source=name, vocabulary=vocabulary)
+    if vocabulary is None and (reals := _real_npy(Path(name).expanduser(), limit)) is not None:
+        return reals
     mapped = _map_npy(Path(name).expanduser(), context, limit, vocabulary)
     if mapped is not None:
         return mapped
     found = track(pieces(name, text_field, dict(where or {}), split), f"reading {Path(name).name}", show=progress)
     return _pack(found, _encoder(tokenizer, bos, name), context, limit, vocabulary, name)
+
+
+def _real_npy(path: Path, limit: int | None) -> TokenData | None:
+    """Vectors or images ``[n ...]`` of reals, flattened to one vector each; None if the file holds anything else."""
+    if path.suffix != ".npy" or not path.is_file() or path.stat().st_size == 0:
+        return None
+    array = open_array(path)
+    if array.ndim < 2 or not np.issubdtype(array.dtype, np.floating):
+        return None
+    rows = torch.from_numpy(np.array(array[:limit], np.float32))
+    return dataclasses.replace(float_data(rearrange(rows, "n ... -> n (...)")), source=str(path))
 
 
 def _map_npy(path: Path, context: int | None, limit: int | None, vocabulary: int | None) -> TokenData | None:

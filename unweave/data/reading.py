@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 
 from unweave.errors import CorruptFileError, EmptyDataError, InputError, MissingExtraError, ShapeError, StorageError
 
-__all__ = ["Piece", "SUFFIXES", "numbered_lines", "open_npy", "pieces"]
+__all__ = ["Piece", "SUFFIXES", "numbered_lines", "open_array", "open_npy", "pieces"]
 
 SUFFIXES = (".jsonl", ".npy", ".safetensors", ".txt")
 
@@ -124,7 +124,8 @@ def _content(value: Any, place: str) -> str | np.ndarray:
     raise InputError(f"{place}: must be text or a list of token ids, got {type(value).__name__}")
 
 
-def open_npy(path: Path) -> np.ndarray:
+def open_array(path: Path) -> np.ndarray:
+    """The array of a .npy file, mapped."""
     try:
         # copy on write: nothing is read before it is used, and the file is never changed
         array = np.load(path, allow_pickle=False, mmap_mode="c")
@@ -133,7 +134,12 @@ def open_npy(path: Path) -> np.ndarray:
     if not isinstance(array, np.ndarray):
         array.close()
         raise CorruptFileError(f"{path}: an archive of arrays, not one .npy array")
-    return _integer_ids(path, array)
+    return array
+
+
+def open_npy(path: Path) -> np.ndarray:
+    """Token ids of a .npy file, mapped."""
+    return _integer_ids(path, open_array(path))
 
 
 def _integer_ids(path: Path, array: np.ndarray) -> np.ndarray:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from unweave.annotations import driver_facts, pair_facts
+from unweave.annotations import driver_facts, page_kind, pair_facts, with_kernels
 from unweave.compression.moments import ChannelMoments
 from unweave.data import TokenData
 from unweave.evaluation import Faithfulness
@@ -137,7 +137,7 @@ def node_facts(graph: Graph, scores: EdgeScores, node: str) -> dict[str, Any]:
     at = graph.writers.index(node) if stage.write is not None else None
     return {
         "name": node,
-        "kind": stage.kind,
+        "kind": page_kind(stage),
         "layer": stage.layer,
         "ports": [port.name for port in stage.ports],
         "score_nats": None if at is None else float(scores.node_nats[at]),
@@ -187,7 +187,7 @@ def edge_facts(graph: Graph, scores: EdgeScores, pairs: Iterable[Sequence[int]])
     """The rows of a report for some edges, given as (port, writer)."""
     node_at = {name: i for i, name in enumerate(graph.nodes)}
     split = [port.rsplit(".", 1) for port in graph.ports]
-    return [
+    rows = [
         {
             "src": node_at[graph.writers[i]],
             "dst": node_at[split[j][0]],
@@ -198,3 +198,4 @@ def edge_facts(graph: Graph, scores: EdgeScores, pairs: Iterable[Sequence[int]])
         }
         for j, i in pairs
     ]
+    return with_kernels(graph, rows)

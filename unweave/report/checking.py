@@ -18,6 +18,7 @@ __all__ = ["MAX_EDGES", "validate_report_data"]
 
 MAX_EDGES = 10_000
 MAX_DEPTH = 32
+MAX_KERNEL = 32
 
 
 def validate_report_data(data: Mapping[str, Any]) -> ReportData:
@@ -63,6 +64,17 @@ def _check_edges(edges: list[EdgeFacts], n_nodes: int) -> None:
                 raise InputError(f"report data: edges[{i}].{end} is the place of a node in 'nodes', {got}")
         if len({len(row) for row in edge.get("pairs", [[0]])} - {0}) != 1:
             raise InputError(f"report data: edges[{i}].pairs must be rows of one length, one for each direction read")
+        if "kernel" in edge:
+            _check_kernel(f"edges[{i}].kernel", edge["kernel"])
+
+
+def _check_kernel(where: str, rows: list[list[Any]]) -> None:
+    widths = {len(row) for row in rows}
+    if len(widths) != 1 or not 1 <= max(widths) <= MAX_KERNEL or len(rows) > MAX_KERNEL:
+        got = f"got {len(rows)} rows of {', '.join(map(str, sorted(widths)[:4])) or 'nothing'}"
+        raise InputError(
+            f"report data: {where} must be 1 to {MAX_KERNEL} rows of one length of 1 to {MAX_KERNEL}, {got}"
+        )
 
 
 def _check_drivers(facts: DriverFacts, n_nodes: int) -> None:

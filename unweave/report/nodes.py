@@ -45,7 +45,7 @@ class NodeFacts(TypedDict):
     """
 
     name: str
-    kind: Literal["embed", "attn", "head", "mlp", "unembed", "other"]
+    kind: Literal["embed", "attn", "head", "mlp", "map", "unembed", "other"]
     layer: int
     ports: list[str]
     score_nats: Number
@@ -61,7 +61,8 @@ class EdgeFacts(TypedDict):
     """One edge: nodes by their place in ``nodes``; ``kept`` is true unless said otherwise.
 
     ``pairs`` says how its nats divide among leading directions, in thousandths: rows are what the port reads, columns
-    what the writer writes, signed by the virtual weight.
+    what the writer writes, signed by the virtual weight. ``kernel`` is an edge between feature maps itself, as rows of
+    weights, at most 32 x 32.
     """
 
     src: int
@@ -72,6 +73,7 @@ class EdgeFacts(TypedDict):
     measured: bool
     kept: NotRequired[bool]
     pairs: NotRequired[list[list[int]]]
+    kernel: NotRequired[list[list[Number]]]
 
 
 class ExampleFacts(TypedDict):

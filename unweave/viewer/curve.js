@@ -1,5 +1,5 @@
 // Rate and distortion: divergence (log scale) against size, one line per method, with intervals.
-import { data, graphs, ofEdges } from "./data.js";
+import { data, graphs, ofEdges, unit } from "./data.js";
 import { $, el, svg } from "./dom.js";
 import { known, num, percent, plain, power } from "./format.js";
 import { makeTable } from "./table.js";
@@ -66,7 +66,7 @@ function axes(scale) {
     ]),
     svg("line", { class: "axis", x1: PLOT.left, x2: end, y1: bottom, y2: bottom }),
     svg("text", { class: "axis-name", x: (PLOT.left + end) / 2, y: PLOT.height - 6, "text-anchor": "middle" }, ofEdges ? "share of the edges kept" : "share of the channels’ numbers stored"),
-    svg("text", { class: "axis-name", x: 16, y: middle, "text-anchor": "middle", transform: `rotate(-90 16 ${middle})` }, "KL, nats per token"),
+    svg("text", { class: "axis-name", x: 16, y: middle, "text-anchor": "middle", transform: `rotate(-90 16 ${middle})` }, `KL, nats per ${unit}`),
   ];
 }
 
@@ -114,7 +114,7 @@ export function hover(root, spots) {
     showTip(near.text, event.clientX, event.clientY);
   });
 }
-const told = (name, size, kl, low, high) => `${name}\n${percent(size)} ${ofEdges ? "kept" : "stored"}: ${num(kl)} nats per token` + (known(low) && known(high) && low !== high ? `\n95% interval ${num(low)} to ${num(high)}` : "");
+const told = (name, size, kl, low, high) => `${name}\n${percent(size)} ${ofEdges ? "kept" : "stored"}: ${num(kl)} nats per ${unit}` + (known(low) && known(high) && low !== high ? `\n95% interval ${num(low)} to ${num(high)}` : "");
 
 export function startCurve() {
   const lines = series();

@@ -48,6 +48,8 @@ export const ports = [...new Set(kept.map((edge) => edge.port))].sort(
 export const portColour = (port) => (["q", "k", "v"].includes(port) ? `--${port}` : "--in");
 export const nodeName = (i) => plain(data.nodes[i].name);
 export const isHead = (node) => node.kind === "attn" || node.kind === "head";
+// a network of feature maps sees images where others read tokens
+export const unit = data.nodes.some((node) => node.kind === "map") ? "image" : "token";
 export const graphs = data.faithfulness.filter((row) => !row.baseline && row.name !== "original");
 export const ours = graphs.find((row) => row.name === "decompiled graph") ?? graphs[0];
 // sizes are shares of edges (a circuit) or of stored numbers (a compressed graph)

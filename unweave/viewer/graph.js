@@ -1,7 +1,7 @@
 // The layered graph: edges on a canvas, because there may be ten thousand; nodes as SVG, because they are few.
 import { outOfRange, paint } from "./canvas.js";
 import { curve, edgeNear, widthFor, widthOf } from "./curves.js";
-import { countAbove, data, edgesIn, edgesOut, heaviest, isHead, kept, kinds, nats, nodeName, portColour, ports, score, totalNats, weight } from "./data.js";
+import { countAbove, data, edgesIn, edgesOut, heaviest, isHead, kept, kinds, nats, nodeName, portColour, ports, score, totalNats, unit, weight } from "./data.js";
 import { dimensionTip, inPairs, openNodes, pairStrokes } from "./dimensions.js";
 import { $, colour, el, svg } from "./dom.js";
 import { count, known, num, percent, plain, short } from "./format.js";
@@ -150,13 +150,13 @@ function point(event) {
   const edge = edgeNear(plan, drawn, event.clientX - box.left, event.clientY - box.top);
   mark(edge);
   if (!edge) return hideTip();
-  const told = view.kind === null ? `${num(edge.nats)} ± ${num(edge.se, 2)} nats per token, ${edge.measured ? "measured" : "estimated"}` : `${num(nats(edge))} nats per token on ${plain(kinds[view.kind].name)}\n${num(edge.nats)} on all data`;
+  const told = view.kind === null ? `${num(edge.nats)} ± ${num(edge.se, 2)} nats per ${unit}, ${edge.measured ? "measured" : "estimated"}` : `${num(nats(edge))} nats per ${unit} on ${plain(kinds[view.kind].name)}\n${num(edge.nats)} on all data`;
   showTip(`${nodeName(edge.src)} → ${nodeName(edge.dst)}.${plain(edge.port)}\n${told}${view.zoom === "dimensions" && edge.pairs ? `\n${inPairs(edge)}` : ""}`, event.clientX, event.clientY);
 }
 function nodeTip(i) {
   const { score_nats: all, score_se: error } = data.nodes[i], name = nodeName(i);
-  if (view.kind !== null && known(score(i))) return `${name}\n${num(score(i))} nats per token on ${plain(kinds[view.kind].name)}${known(all) ? `\n${num(all)} on all data` : ""}`;
-  return name + (known(all) ? `\n${num(all)} ± ${num(error, 2)} nats per token` : "");
+  if (view.kind !== null && known(score(i))) return `${name}\n${num(score(i))} nats per ${unit} on ${plain(kinds[view.kind].name)}${known(all) ? `\n${num(all)} on all data` : ""}`;
+  return name + (known(all) ? `\n${num(all)} ± ${num(error, 2)} nats per ${unit}` : "");
 }
 
 // ---- keys ----
@@ -204,7 +204,7 @@ function widthLegend() {
   $("widths").replaceChildren("width: ", ...samples.flatMap((worth) => {
     const sample = svg("svg", { width: 26, height: 10, "aria-hidden": "true" }, svg("line", { x1: 1, x2: 25, y1: 5, y2: 5, "stroke-width": widthFor(worth) }));
     return [sample, el("span", {}, num(worth, 2))];
-  }), " nats per token · shade: nats of the node");
+  }), ` nats per ${unit} · shade: nats of the node`);
 }
 function find(event) {
   if (event.key !== "Enter") return;

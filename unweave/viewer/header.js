@@ -1,5 +1,5 @@
 // The first lines: what was made, how small it is and how far from the model, in words and in five figures.
-import { data, graphs, ofEdges, ours } from "./data.js";
+import { data, graphs, ofEdges, ours, unit } from "./data.js";
 import { $, el } from "./dom.js";
 import { count, known, large, num, percent, plain, share } from "./format.js";
 import { verdict } from "./modules.js";
@@ -17,7 +17,7 @@ function summary() {
   const parts = known(ours.size)
     ? [ofEdges ? "A circuit of " : "A graph with ", strong(share(ours.size)), ofEdges ? " of the edges of " : " of the numbers in the channels of ", plain(data.model.name)]
     : ["A graph of ", plain(data.model.name)];
-  parts.push(" whose output is ", strong(`${num(kl.value)} nats per token`), " from the model’s on held-out data");
+  parts.push(" whose output is ", strong(`${num(kl.value)} nats per ${unit}`), " from the model’s on held-out data");
   if (known(kl.low) && known(kl.high)) parts.push(` (95% interval ${num(kl.low)} to ${num(kl.high)})`);
   if (known(top1.value)) parts.push(", and whose first guess is the same ", strong(`${percent(top1.value)} of the time`));
   const best = rival();
@@ -44,18 +44,20 @@ function figures() {
   const cost = original && known(ours.flops_per_token) && original.flops_per_token > 0 ? ours.flops_per_token / original.flops_per_token : null;
   return [
     figure("size", share(ours.size), ofEdges ? "of the edges" : "", ofEdges ? "Share of the model’s edges that the circuit keeps" : "Share of the numbers in the model’s channels (heads and MLPs) that the graph stores"),
-    figure("divergence", num(ours.kl_nats.value), "nats/token", "Mean divergence of the graph’s output from the model’s, on held-out tokens"),
-    figure("same first guess", percent(ours.top1_agreement.value), "", "How often graph and model put the same token first"),
+    figure("divergence", num(ours.kl_nats.value), `nats/${unit}`, `Mean divergence of the graph’s output from the model’s, on held-out ${unit}s`),
+    figure("same first guess", percent(ours.top1_agreement.value), "", `How often graph and model put the same ${unit === "token" ? "token" : "output"} first`),
     ofEdges ? null : figure("loss recovered", percent(ours.loss_recovered?.value), "", "100% is the model’s loss, 0% the loss with every channel at its mean"),
     ofEdges ? null : figure("arithmetic", percent(cost, 0), "of the model’s", "Floating-point operations per token, against the model’s"),
   ].filter(Boolean);
 }
 function description() {
   const { model, scope } = data;
-  const parts = [plain(model.family), `${count(model.n_layers)} layers`, `${count(model.n_heads)} heads`, `width ${count(model.d_model)}`];
+  const parts = [plain(model.family), `${count(model.n_layers)} layers`];
+  // maps have neither
+  if (unit === "token") parts.push(`${count(model.n_heads)} heads`, `width ${count(model.d_model)}`);
   if (known(model.d_vocab)) parts.push(`${count(model.d_vocab)} tokens`);
   parts.push(`${large(model.n_parameters)} parameters`);
-  if (ours) $("faith-note").textContent = `Scope: ${plain(scope.description)}; distance: ${plain(scope.divergence).toUpperCase()}. Measured on ${count(scope.n_tokens_held_out)} held-out tokens,`
+  if (ours) $("faith-note").textContent = `Scope: ${plain(scope.description)}; distance: ${plain(scope.divergence).toUpperCase()}. Measured on ${count(scope.n_tokens_held_out)} held-out ${unit}s,`
     + ` calibrated on ${count(scope.n_tokens_calibration)} others. ${graphs.length > 1 ? "The graphs are" : "The graph is"} marked; small figures are 95% intervals.`;
   return parts.join(" · ");
 }

@@ -5,7 +5,7 @@ import { plain } from "./format.js";
 
 const GUTTER = 66, MARGIN = 14, NARROWEST = 9, COLUMN = 168;
 const rank = (node) => ({ embed: 0, mlp: 2, unembed: 3 })[node.kind] ?? 1;
-const widest = (node) => (isHead(node) ? 54 : { mlp: 76, embed: 440, unembed: 440 }[node.kind] ?? 120);
+const widest = (node) => (isHead(node) ? 54 : { mlp: 76, map: 44, embed: 440, unembed: 440 }[node.kind] ?? 120);
 
 function rowsOf(nodes, room) {
   const rows = new Map();
@@ -23,8 +23,8 @@ function rowsOf(nodes, room) {
 function labelOf(node, width) {
   const name = plain(node.name), last = name.split(".").pop();
   if (isHead(node)) return width >= 26 ? `h${last}` : width >= 14 ? last : "";
-  const text = node.kind === "mlp" ? "mlp" : node.kind === "other" ? last : name;
-  return text.length * 7 + 8 <= width ? text : width > 30 ? `${text.slice(0, Math.floor(width / 7) - 2)}…` : "";
+  const text = node.kind === "mlp" ? "mlp" : ["other", "map"].includes(node.kind) ? last : name;
+  return text.length * 7 + (node.kind === "map" ? 4 : 8) <= width ? text : width > 30 ? `${text.slice(0, Math.floor(width / 7) - 2)}…` : "";
 }
 
 function gaps(rows) {

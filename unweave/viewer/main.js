@@ -1,10 +1,11 @@
 // The report page. Every string of the data is hostile: it becomes text, never markup.
 import { startChecks } from "./checks.js";
 import { startCurve } from "./curve.js";
-import { data, graphs } from "./data.js";
+import { data, graphs, unit } from "./data.js";
 import { $ } from "./dom.js";
 import { redraw, startGraph } from "./graph.js";
 import { startHeader } from "./header.js";
+import { startKernels } from "./kernels.js";
 import { startModules } from "./modules.js";
 import { startNodePage } from "./nodepage.js";
 import { startPanel } from "./panel.js";
@@ -37,7 +38,7 @@ function startJumps() {
 
 // a report on modules alone has no sections on how far a smaller graph is from its model
 function hideEmpty() {
-  const without = [["h-modules", !data.modules], ["h-faith", !data.faithfulness.length], ["h-checks", !Object.keys(data.checks ?? {}).length], ["h-rate", !graphs.length], ["h-worst", !graphs.length]];
+  const without = [["h-modules", !data.modules], ["h-faith", !data.faithfulness.length], ["h-checks", !Object.keys(data.checks ?? {}).length], ["h-rate", !graphs.length], ["h-worst", !graphs.length || (unit === "image" && !data.worst_tokens.length)]];
   for (const [heading, empty] of without) {
     if (!empty) continue;
     $(heading).closest("section").hidden = true;
@@ -58,6 +59,7 @@ startScatter();
 startChecks();
 startCurve();
 startGraph();
+startKernels();
 startPanel();
 startNodePage();
 startZoom();

@@ -1,8 +1,9 @@
 // The page of one node, below the graph: examples of each direction, where a head looks, and all edges.
-import { data, edgesIn, edgesOut, isHead, kinds, nats, nodeName, portColour, score, weight } from "./data.js";
+import { data, edgesIn, edgesOut, isHead, kinds, nats, nodeName, portColour, score, unit, weight } from "./data.js";
 import { $, bar, chip, el, svg, token } from "./dom.js";
 import { count, known, num, percent, pieces, plain } from "./format.js";
 import { go } from "./graph.js";
+import { kernelColumn } from "./kernels.js";
 import { makeTable } from "./table.js";
 import { onChange, view } from "./view.js";
 
@@ -93,8 +94,9 @@ function edgesTable(place, caption, edges, other) {
   const columns = [
     { name: other === "src" ? "from" : "to", text: true, value: (e) => data.nodes[e[other]].name, show: end },
     { name: "port", text: true, value: (e) => e.port, show: (e) => chip(e.port, portColour(e.port)) },
-    { name: "nats/token", value: (e) => nats(e), show: (e) => bar(weight(e) / (top || 1), num(nats(e))) },
+    { name: `nats/${unit}`, value: (e) => nats(e), show: (e) => bar(weight(e) / (top || 1), num(nats(e))) },
   ];
+  if (edges.some((e) => e.kernel)) columns.splice(1, 0, kernelColumn);
   // of how many kinds of data the edge serves, the one it is worth most on
   if (kinds.length) columns.push({ name: "most on", text: true, value: (e) => bestKind(e), show: (e) => plain(bestKind(e)) });
   makeTable(place, caption, columns, { empty: "No edge." })(sorted.slice(0, EDGES_LISTED));
@@ -109,9 +111,9 @@ function drawPage() {
   const i = view.node;
   $("node-page").hidden = i === null;
   if (i === null) return;
-  const node = data.nodes[i], worth = known(score(i)) ? `${num(score(i))} nats per token` : "its worth was not measured";
+  const node = data.nodes[i], worth = known(score(i)) ? `${num(score(i))} nats per ${unit}` : "its worth was not measured";
   $("h-node").textContent = nodeName(i);
-  $("page-note").replaceChildren(`${isHead(node) ? "An attention head" : "A node"} worth ${worth}${view.kind === null ? "" : ` on ${plain(kinds[view.kind].name)}`}. `, kindBars(i) ?? "");
+  $("page-note").replaceChildren(`${isHead(node) ? "An attention head" : node.kind === "map" ? "A feature map" : "A node"} worth ${worth}${view.kind === null ? "" : ` on ${plain(kinds[view.kind].name)}`}. `, kindBars(i) ?? "");
   $("page-directions").hidden = !directionsAt[i].length;
   if (directionsAt[i].length) drawDirection();
   drawAttention();

@@ -1,12 +1,13 @@
 // The side panel: what the chosen node reads and writes, in directions and in tokens, and its strongest edges.
-import { data, edgesIn, edgesOut, isHead, nats, nodeName, portColour, score, weight } from "./data.js";
+import { data, edgesIn, edgesOut, isHead, nats, nodeName, portColour, score, unit, weight } from "./data.js";
 import { $, chip, el, svg, token } from "./dom.js";
 import { count, known, num, plain } from "./format.js";
 import { go } from "./graph.js";
+import { kernelLegend, kernelPicture } from "./kernels.js";
 import { change, onChange, view } from "./view.js";
 
 const EDGES = 8, BARS = 64, BEST = 12;
-const KINDS = { embed: "embedding", mlp: "MLP", unembed: "output", other: "node" };
+const KINDS = { embed: "embedding", mlp: "MLP", map: "feature map", unembed: "output", other: "node" };
 
 const link = (i, ...content) => el("button", { type: "button", class: "link", onclick: () => go(i) }, content.length ? content : nodeName(i));
 const part = (title, ...content) => el("section", {}, el("h4", {}, title), content);
@@ -54,7 +55,7 @@ function edgeList(title, edges, other) {
   if (!best.length) return null;
   const total = edges.reduce((sum, edge) => sum + weight(edge), 0);
   return part([title, el("span", { class: "dim" }, ` ${count(edges.length)}, ${num(total)} nats`)], el("ol", { class: "rows" }, best.map((edge) =>
-    listed(weight(edge) / (top || 1), `${num(edge.nats)} ± ${num(edge.se, 2)} nats per token, ${edge.measured ? "measured" : "estimated"}`, [chip(edge.port, portColour(edge.port)), link(edge[other])], num(nats(edge))))));
+    listed(weight(edge) / (top || 1), `${num(edge.nats)} ± ${num(edge.se, 2)} nats per ${unit}, ${edge.measured ? "measured" : "estimated"}`, [kernelPicture(edge) ?? chip(edge.port, portColour(edge.port)), link(edge[other])], num(nats(edge))))));
 }
 
 const tokens = (pairs) => pairs.map(([text, value]) => token(text, known(value) ? `${plain(text, { spaces: true })}: ${num(value)}` : null));
@@ -81,9 +82,10 @@ function about(i) {
   return [
     el("div", { class: "pair" }, el("h3", {}, nodeName(i)), el("button", { type: "button", class: "close", "aria-label": "Close the panel", "data-tip": "Close (Esc)", onclick: () => change({ node: null }) }, "×")),
     el("p", { class: "dim" }, facts.join(" · ")),
-    known(node.score_nats) ? el("p", { class: "score" }, el("strong", {}, num(node.score_nats)), ` ± ${num(node.score_se, 2)} nats per token if it said only its mean`) : null,
+    known(node.score_nats) ? el("p", { class: "score" }, el("strong", {}, num(node.score_nats)), ` ± ${num(node.score_se, 2)} nats per ${unit} if it said only its mean`) : null,
     ...[subspaces(node)].filter((list) => list.length).map((list) => part("Subspaces", list)),
-    el("button", { type: "button", class: "more", onclick: toPage }, "Examples, attention, all edges ↓"),
+    [...edgesIn[i], ...edgesOut[i]].some((edge) => edge.kernel) ? kernelLegend() : null,
+    el("button", { type: "button", class: "more", onclick: toPage }, node.kind === "map" ? "All kernels and edges ↓" : "Examples, attention, all edges ↓"),
     edgeList("Edges in", edgesIn[i], "src"), edgeList("Edges out", edgesOut[i], "dst"), written(node), read(node),
   ].filter(Boolean);
 }

@@ -1,6 +1,6 @@
 // Attributed against measured effects of single edges, both on a log scale: a prediction that could have failed.
 import { PLOT, hover } from "./curve.js";
-import { data } from "./data.js";
+import { data, unit } from "./data.js";
 import { $, el, svg } from "./dom.js";
 import { known, num, plain, power } from "./format.js";
 
@@ -36,7 +36,7 @@ export function startScatter() {
   const span = spanOf(points), floor = 10 ** span.low;
   const share = (v) => (Math.log10(Math.max(v, floor)) - span.low) / (span.high - span.low);
   const along = (v) => SIDE.left + share(v) * (SIDE.right - SIDE.left), up = (v) => SIDE.bottom - share(v) * (SIDE.bottom - SIDE.top);
-  const spots = points.map((p) => ({ x: along(p.attributed), y: up(p.measured), text: `${plain(p.edge)}\nattributed ${num(p.attributed)}, measured ${num(p.measured)} nats per token` }));
+  const spots = points.map((p) => ({ x: along(p.attributed), y: up(p.measured), text: `${plain(p.edge)}\nattributed ${num(p.attributed)}, measured ${num(p.measured)} nats per ${unit}` }));
   const marks = points.map((p, i) => {
     const mark = svg("circle", { class: "point", cx: spots[i].x, cy: spots[i].y, r: 3.6 });
     mark.style.setProperty("--hue", p.kept ? "var(--accent)" : "var(--hue-1)");
@@ -45,8 +45,8 @@ export function startScatter() {
   const root = svg("svg", { viewBox: `0 0 ${PLOT.width} ${PLOT.height}`, class: "plot", role: "img", "aria-label": "Attributed against measured effects of single edges" },
     backdrop(span, along, up),
     svg("line", { class: "axis", x1: along(floor), y1: up(floor), x2: along(10 ** span.high), y2: up(10 ** span.high) }),
-    svg("text", { class: "axis-name", x: (SIDE.left + SIDE.right) / 2, y: SIDE.bottom + 44, "text-anchor": "middle" }, "attributed, nats per token"),
-    svg("text", { class: "axis-name", x: 22, y: 180, "text-anchor": "middle", transform: "rotate(-90 22 180)" }, "measured, nats per token"),
+    svg("text", { class: "axis-name", x: (SIDE.left + SIDE.right) / 2, y: SIDE.bottom + 44, "text-anchor": "middle" }, `attributed, nats per ${unit}`),
+    svg("text", { class: "axis-name", x: 22, y: 180, "text-anchor": "middle", transform: "rotate(-90 22 180)" }, `measured, nats per ${unit}`),
     marks, keyOf());
   hover(root, spots);
   $("prediction").replaceChildren(

@@ -1,7 +1,8 @@
 // Faithfulness, the strongest edges, the worst tokens, and where it all comes from.
-import { data, graphs, heaviest, nats, nodeName, ofEdges, portColour, weight } from "./data.js";
+import { data, graphs, heaviest, nats, nodeName, ofEdges, portColour, unit, weight } from "./data.js";
 import { $, bar, chip, el, running, token } from "./dom.js";
 import { count, known, large, num, percent, plain } from "./format.js";
+import { hasKernels, kernelColumn } from "./kernels.js";
 import { makeTable } from "./table.js";
 import { change, onChange } from "./view.js";
 
@@ -21,11 +22,11 @@ export function startFaithfulness() {
   const columns = [
     { name: "graph", text: true, head: true, help: "The graph, the model itself, and other ways to make the model smaller", value: (row) => place(row.name), show: (row) => place(row.name) },
     single("size", "size", ofEdges ? "Share of the model’s edges that is kept" : "Share of the numbers in the model’s channels that is stored", percent),
-    mean("KL, nats", "kl_nats", "Divergence of the output from the model’s: mean over held-out tokens, in nats per token"),
+    mean("KL, nats", "kl_nats", "Divergence of the output from the model’s: mean over held-out tokens, in nats per token".replaceAll("token", unit)),
     single("99%", "kl_p99", "The divergence that 1 token in 100 exceeds, in nats"),
     single("99.9%", "kl_p999", "The divergence that 1 token in 1,000 exceeds, in nats"),
     single("max", "kl_max", "The largest divergence of any held-out token, in nats"),
-    mean("same first guess", "top1_agreement", "How often it puts the same token first as the model does", percent),
+    mean("same first guess", "top1_agreement", `How often it puts the same ${unit === "token" ? "token" : "output"} first as the model does`, percent),
     mean("loss, nats", "loss_nats", "Its own next-token loss on the held-out text, in nats per token"),
     mean("loss recovered", "loss_recovered", "100% is the model’s loss, 0% the loss with every channel at its mean", percent),
     single("FLOP/token", "flops_per_token", "Floating-point operations per token", large),
@@ -60,10 +61,11 @@ export function startEdges() {
     { name: "from", text: true, value: (e) => data.nodes[e.src].name, show: (e) => nodeButton(e.src) },
     { name: "to", text: true, value: (e) => data.nodes[e.dst].name, show: (e) => nodeButton(e.dst) },
     { name: "port", text: true, help: "What of the later node hears it: query, key, value, or the one input", value: (e) => e.port, show: (e) => chip(e.port, portColour(e.port)) },
-    { name: "nats/token", help: "What the output would lose if the later node heard only the mean of the earlier one", value: (e) => nats(e), show: (e) => bar(weight(e) / heaviest, num(nats(e))) },
+    { name: `nats/${unit}`, help: "What the output would lose if the later node heard only the mean of the earlier one", value: (e) => nats(e), show: (e) => bar(weight(e) / heaviest, num(nats(e))) },
     { name: "± s.e.", help: "Standard error", value: (e) => e.se, show: (e) => num(e.se, 2) },
     { name: "how", text: true, help: "Measured: the edge was ablated and the divergence taken. Estimated: second order, from gradients", value: (e) => String(!e.measured), show: (e) => el("span", { class: e.measured ? "" : "dim" }, e.measured ? "measured" : "estimated") },
   ];
+  if (hasKernels) columns.splice(2, 0, kernelColumn);
   if (edges.some((e) => e.kept === false)) columns.push({ name: "kept", text: true, value: (e) => String(e.kept === false), show: (e) => (e.kept === false ? "cut" : "kept") });
   const fill = makeTable($("edge-table"), "The strongest edges", columns, { empty: "No edge has that in its name.", rowClass: (e) => (e.kept === false ? "cut" : null) });
   const filter = () => {
