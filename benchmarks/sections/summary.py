@@ -135,6 +135,22 @@ def _audit() -> list[str] | None:
     return [what, texts[0], f"Mahalanobis distance {texts[1]}", result["command"]]
 
 
+def _triggers() -> list[str] | None:
+    result = load("triggers")
+    if result is None:
+        return None
+    rows = [r for r in result["rows"] if r["secret"]]
+
+    def ranks(way: str) -> str:
+        best = [min(r[f"{way}, {at}"]["rank"] for at in ("anywhere", "start")) for r in rows]
+        return f"first in {best.count(1)}, at worst {max(best)}"
+
+    what = (
+        f"The pair that opens each of {len(rows)} secrets, put anywhere or at the start: rank of {result['n_pairs']:,}"
+    )
+    return [what, ranks("one graph"), f"plain nats: {ranks('plain nats')}", result["command"]]
+
+
 def _exactness() -> list[str] | None:
     result = load("exactness")
     if result is None:
@@ -192,6 +208,7 @@ ROWS: list[Callable[[], list[str] | None]] = [
     _modules,
     _edits,
     _audit,
+    _triggers,
     _certificates,
     _dictionaries,
     _universality,
