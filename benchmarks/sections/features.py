@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from benchmarks.sections.markdown import interval, load, table
 
 CUTS = ("half of the edges", "500 edges")
@@ -99,8 +101,14 @@ def probes() -> str:
         return ""
     steps = sorted({row["step"] for row in result["when"]})
     figures = ("score", "control", "logistic", "logistic_control", "compression", "control_compression")
+
+    def cell(row: dict[str, Any], figure: str) -> str:
+        # numbers have no code, and no logistic probe
+        there = figure in row and ("compression" in row or figure in figures[:2])
+        return f"{row[figure][0]:.2f}" if there else "–"
+
     rows = [
-        [row["concept"], str(row["step"]), row["place"], *(f"{row[f][0]:.2f}" if f in row else "–" for f in figures)]
+        [row["concept"], str(row["step"]), row["place"], *(cell(row, figure) for figure in figures)]
         for row in result["when"]
         if row["step"] in (steps[0], steps[-1])
     ]
