@@ -47,7 +47,7 @@ SECTIONS: dict[str, list[Callable[[], str]]] = {
     "The same in other networks": [universality.universality],
     "Falsification": [falsification.edits, falsification.audit, falsification.triggers, falsification.certificates],
     "What is known, again": [retrodictions.retrodictions],
-    "The machine": [machine.exactness, machine.speed],
+    "The machine": [machine.exactness, machine.convolutional, machine.speed],
 }
 
 
