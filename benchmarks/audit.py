@@ -12,8 +12,6 @@ Baselines get the sign that serves them best, and every place and summary is rep
 
 from __future__ import annotations
 
-import argparse
-import tempfile
 import time
 from collections.abc import Callable
 from functools import partial
@@ -23,14 +21,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks.common import save
+from benchmarks.common import folder_and_rows, resumed, save
 from unweave.audit import ActivationDistance, AnomalyScore, audit, relearn, text_losses
 from unweave.capture import capture
 from unweave.compression import compress, refine_factors
 from unweave.data import TokenData, from_tensor
 from unweave.evaluation import evaluate
 from unweave.execution import run
-from unweave.files import read_json, write_json
 from unweave.graph import Graph
 from unweave.scope import Scope
 from unweave.zoo import load, load_folder, secrets
@@ -239,20 +236,9 @@ def jobs(folder: Path) -> dict[str, Callable[[], dict[str, Any]]]:
 
 def main() -> None:
     started = time.time()
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--folder", type=Path, help="for trained models and rows; what is there is not done again")
-    parser.add_argument("--only", nargs="*", help="names of rows, as in 'backdoor 0', 'twin 1'")
-    arguments = parser.parse_args()
-    folder = arguments.folder or Path(tempfile.mkdtemp())
-    done: dict[str, Any] = read_json(folder / "rows.json") if (folder / "rows.json").exists() else {}
+    folder, only = folder_and_rows(__doc__)
     n = {"clean": 1000, "triggered": 300, "calibration": 1000, "fitted": 256, "refined": 8000, "twin_clean": 4000}
-    todo = jobs(folder)
-    for name, job in todo.items():
-        if name not in done and (not arguments.only or name in arguments.only):
-            done[name] = job()
-            write_json(folder / "rows.json", done)
-        missing = [name for name in todo if name not in done]
-        rows = [done[name] for name in todo if name in done]
+    for rows, missing in resumed(jobs(folder), folder / "rows.json", only):
         result = {
             "levels": LEVELS,
             "size": SIZE,

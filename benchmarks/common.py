@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import argparse
 import datetime
 import json
 import platform
 import subprocess
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ import torch
 import unweave
 from unweave.capture import capture, load_tokenizer
 from unweave.data import TokenData, load_data
+from unweave.files import read_json, write_json
 from unweave.graph import Graph
 
 ROOT = Path(__file__).parent
@@ -79,3 +82,24 @@ def fastest(function: Callable[[], Any], repeats: int = 5) -> float:
         function()
         times.append(time.perf_counter() - start)
     return min(times)
+
+
+def folder_and_rows(about: str | None) -> tuple[Path, list[str] | None]:
+    """(where trained models and finished rows are kept, the rows asked for or None for all), from the command line."""
+    parser = argparse.ArgumentParser(description=about)
+    parser.add_argument("--folder", type=Path, help="for trained models and rows; what is there is not done again")
+    parser.add_argument("--only", nargs="*", help="names of rows, as in 'backdoor 0', 'twin 1'")
+    arguments = parser.parse_args()
+    return arguments.folder or Path(tempfile.mkdtemp()), arguments.only
+
+
+def resumed(
+    todo: Mapping[str, Callable[[], dict[str, Any]]], saved: Path, only: list[str] | None
+) -> Iterator[tuple[list[dict[str, Any]], list[str]]]:
+    """After each job, (the rows there are, the names of those there are not); those in ``saved`` are not done again."""
+    done: dict[str, Any] = read_json(saved) if saved.exists() else {}
+    for name, job in todo.items():
+        if name not in done and (not only or name in only):
+            done[name] = job()
+            write_json(saved, done)
+        yield [done[other] for other in todo if other in done], [other for other in todo if other not in done]

@@ -11,8 +11,6 @@ random pair each. All choices were made on models of seed 10, and of twins 11 an
 
 from __future__ import annotations
 
-import argparse
-import tempfile
 import time
 from collections.abc import Callable
 from functools import partial
@@ -22,12 +20,11 @@ from typing import Any
 import torch
 
 from benchmarks.audit import EVERYWHERE, REFINEMENT, SCOPE, at_random, clean, model, reveals
-from benchmarks.common import save
+from benchmarks.common import folder_and_rows, resumed, save
 from unweave.audit import Triggers, search_inputs, search_triggers
 from unweave.audit.inputs import Compared
 from unweave.audit.insertions import Insertions
 from unweave.compression import channel_moments, compress, refine_factors
-from unweave.files import read_json, write_json
 from unweave.graph import Graph
 from unweave.zoo import secrets
 
@@ -98,29 +95,14 @@ def row(secret: str | None, seed: int, folder: Path) -> dict[str, Any]:
 
 def main() -> None:
     started = time.time()
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--folder", type=Path, help="for trained models and rows; what is there is not done again")
-    parser.add_argument("--only", nargs="*", help="names of rows, as in 'backdoor 0', 'twin 1'")
-    arguments = parser.parse_args()
-    folder = arguments.folder or Path(tempfile.mkdtemp())
-    saved = folder / "triggers.json"
-    done: dict[str, Any] = read_json(saved) if saved.exists() else {}
+    folder, only = folder_and_rows(__doc__)
     todo: dict[str, Callable[[], dict[str, Any]]] = {
         f"{secret} {seed}": partial(row, secret, seed, folder) for seed in SEEDS for secret in secrets.SECRETS
     }
     todo |= {f"twin {seed}": partial(row, None, seed, folder) for seed in TWINS}
-    for name, job in todo.items():
-        if name not in done and (not arguments.only or name in arguments.only):
-            done[name] = job()
-            write_json(saved, done)
-            result = {
-                "budget": BUDGET,
-                "sizes": SIZES,
-                "n_pairs": secrets.N_WORDS**2,
-                "not_run": [other for other in todo if other not in done],
-                "rows": [done[other] for other in todo if other in done],
-            }
-            save("triggers", result, started, "python -m benchmarks.triggers")
+    for rows, missing in resumed(todo, folder / "triggers.json", only):
+        result = {"budget": BUDGET, "sizes": SIZES, "n_pairs": secrets.N_WORDS**2, "not_run": missing, "rows": rows}
+        save("triggers", result, started, "python -m benchmarks.triggers")
 
 
 if __name__ == "__main__":
