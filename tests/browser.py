@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-__all__ = ["Open", "chromium", "in_browser", "record_surprises"]
+__all__ = ["Open", "chromium", "in_browser", "open_report", "record_surprises"]
 
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
@@ -31,3 +32,15 @@ def record_surprises(page: Any, surprises: list[str]) -> None:
     """Write down every dialog, which is closed, and every error of a page."""
     page.on("dialog", lambda d: (surprises.append(f"dialog {d.message}"), d.dismiss()))
     page.on("pageerror", lambda e: surprises.append(f"error {e}"))
+
+
+def open_report(browser: Any, path: Path, surprises: list[str], fragment: str = "", **options: Any) -> Any:
+    """A report in a context of its own, ready; a surprise is whatever it does but show itself."""
+    page = browser.new_context(**options).new_page()
+    record_surprises(page, surprises)
+    page.on("console", lambda m: surprises.append(f"console {m.text}"))
+    page.on("request", lambda r: None if r.url.startswith(path.as_uri()) else surprises.append(f"request {r.url}"))
+    page.on("popup", lambda p: surprises.append("popup"))
+    page.goto(path.as_uri() + fragment)
+    page.wait_for_selector("html[data-ready]", state="attached", timeout=20_000)
+    return page

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from browser import CHROMIUM, chromium, in_browser, record_surprises
+from browser import CHROMIUM, chromium, in_browser, open_report
 from report_fixtures import report_data
 from residual_networks import networks
 from torch import nn
@@ -243,14 +243,9 @@ def open_page(request: pytest.FixtureRequest) -> Iterator[Any]:
     contexts = []
 
     def opened(path: Path, width: int = 1200, scheme: str = "light", fragment: str = "") -> Any:
-        browser = request.getfixturevalue("chromium")
-        context = browser.new_context(viewport={"width": width, "height": 900}, color_scheme=scheme)
-        contexts.append(context)
-        page = context.new_page()
-        record_surprises(page, surprises)
-        page.on("console", lambda m: surprises.append(f"console {m.text}"))
-        page.goto(path.as_uri() + fragment)
-        page.wait_for_selector("html[data-ready]", state="attached", timeout=20_000)
+        options: dict[str, Any] = {"viewport": {"width": width, "height": 900}, "color_scheme": scheme}
+        page = open_report(request.getfixturevalue("chromium"), path, surprises, fragment, **options)
+        contexts.append(page.context)
         return page
 
     yield opened

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from browser import Open, chromium, in_browser, record_surprises
+from browser import Open, chromium, in_browser, open_report
 from report_fixtures import HOSTILE, hostile_data, module_facts, report_data
 
 from unweave.report import write_report
@@ -35,15 +35,9 @@ def open_page(chromium: Any, pages: dict[str, Path]) -> Iterator[Open]:
 
     def opened(name: str | Path, fragment: str = "", **options: Any) -> Any:
         path = pages[name] if isinstance(name, str) else name
-        context = chromium.new_context(viewport={"width": 1280, "height": 900}, **options)
-        contexts.append(context)
-        page = context.new_page()
-        record_surprises(page, surprises)
-        page.on("console", lambda m: surprises.append(f"console {m.text}"))
-        page.on("request", lambda r: None if r.url.startswith(path.as_uri()) else surprises.append(f"request {r.url}"))
-        page.on("popup", lambda p: surprises.append("popup"))
-        page.goto(path.as_uri() + fragment)
-        page.wait_for_selector("html[data-ready]", state="attached", timeout=20_000)
+        options = {"viewport": {"width": 1280, "height": 900}, **options}
+        page = open_report(chromium, path, surprises, fragment, **options)
+        contexts.append(page.context)
         return page
 
     yield opened
