@@ -6,12 +6,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from unweave.errors import CorruptFileError, InputError
-from unweave.files import read_json, read_tensors, write_json, write_tensors
-from unweave.zoo.toy import fill
+from unweave.files import read_tensors, write_json, write_tensors
+from unweave.zoo.toy import fill, read_config
 
 __all__ = ["CNN_TYPE", "CnnConfig", "load_cnn", "make_cnn", "save_cnn"]
 
@@ -98,9 +97,7 @@ def load_cnn(folder: str | Path) -> nn.Sequential:
         NonFiniteError: a weight is NaN or infinite.
     """
     folder = Path(folder)
-    config = read_json(folder / "config.json")
-    if not isinstance(config, dict) or config.get("model_type") != CNN_TYPE:
-        raise CorruptFileError(f"{folder}/config.json is not that of a CNN of the zoo")
+    config = read_config(folder, CNN_TYPE, "a CNN of the zoo")
     lists = [config.get(name) for name in ("image", "maps", "kernels")]
     if not all(isinstance(value, list) for value in lists):
         raise CorruptFileError(f"{folder}/config.json: image, maps and kernels must be lists")
@@ -109,6 +106,4 @@ def load_cnn(folder: str | Path) -> nn.Sequential:
         settings = CnnConfig(image, maps, kernels, config.get("d_out", 0))
     except InputError as error:
         raise CorruptFileError(f"{folder}/config.json: {error}") from error
-    with torch.device("meta"):
-        model = make_cnn(settings)
-    return fill(model, read_tensors(folder / "model.safetensors")[0], str(folder))
+    return fill(lambda: make_cnn(settings), read_tensors(folder / "model.safetensors")[0], str(folder))

@@ -13,8 +13,8 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from unweave.errors import CorruptFileError, InputError
-from unweave.files import read_json, read_tensors, write_json, write_tensors
-from unweave.zoo.toy import fill
+from unweave.files import read_tensors, write_json, write_tensors
+from unweave.zoo.toy import fill, read_config
 
 __all__ = ["MODEL_TYPE", "MlpConfig", "linear_layers", "load_mlp", "make_mlp", "neuron_effects", "save_mlp"]
 
@@ -97,9 +97,7 @@ def load_mlp(folder: str | Path) -> nn.Sequential:
         NonFiniteError: a weight is NaN or infinite.
     """
     folder = Path(folder)
-    config = read_json(folder / "config.json")
-    if not isinstance(config, dict) or config.get("model_type") != MODEL_TYPE:
-        raise CorruptFileError(f"{folder}/config.json is not that of an MLP of the zoo")
+    config = read_config(folder, MODEL_TYPE, "an MLP of the zoo")
     widths = config.get("widths")
     if not isinstance(widths, list) or not all(type(n) is int for n in widths):
         raise CorruptFileError(f"{folder}/config.json: widths must be a list of integers, got {widths!r}")
@@ -110,9 +108,7 @@ def load_mlp(folder: str | Path) -> nn.Sequential:
         settings = MlpConfig(tuple(widths), linear=tuple(linear))
     except InputError as error:
         raise CorruptFileError(f"{folder}/config.json: {error}") from error
-    with torch.device("meta"):
-        model = make_mlp(settings)
-    return fill(model, read_tensors(folder / "model.safetensors")[0], str(folder))
+    return fill(lambda: make_mlp(settings), read_tensors(folder / "model.safetensors")[0], str(folder))
 
 
 @torch.no_grad()

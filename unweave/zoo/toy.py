@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from unweave.errors import CorruptFileError, InputError, NonFiniteError
 from unweave.files import read_json, read_tensors, write_json, write_tensors
 
-__all__ = ["ToyConfig", "ToyTransformer", "fill", "from_weights", "per_head"]
+__all__ = ["ToyConfig", "ToyTransformer", "fill", "from_weights", "per_head", "read_config"]
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -196,9 +196,7 @@ class ToyTransformer(nn.Module):
             NonFiniteError: a weight is NaN or infinite.
         """
         folder = Path(folder)
-        config = read_json(folder / "config.json")
-        if not isinstance(config, dict) or config.get("model_type") != "unweave-toy":
-            raise CorruptFileError(f"{folder}/config.json is not that of a toy transformer")
+        config = read_config(folder, "unweave-toy", "a toy transformer")
         known = {f.name for f in dataclasses.fields(ToyConfig)}
         try:
             settings = ToyConfig(**{k: v for k, v in config.items() if k in known})
@@ -217,19 +215,31 @@ def from_weights(config: ToyConfig, weights: Mapping[str, Tensor], where: str) -
         CorruptFileError: weights and config do not fit each other.
         NonFiniteError: a weight is NaN or infinite.
     """
-    # on "meta" nothing is allocated: a config that lies about its sizes costs no memory
-    with torch.device("meta"):
-        model = ToyTransformer(config)
-    return fill(model, weights, where)
+    return fill(lambda: ToyTransformer(config), weights, where)
 
 
-def fill(model: M, weights: Mapping[str, Tensor], where: str) -> M:
-    """A model made on "meta", given weights nobody vouches for; in float32 and evaluation mode.
+def read_config(folder: Path, model_type: str, what: str) -> dict[str, Any]:
+    """The config in a folder of the zoo, of a model of this type.
+
+    Raises:
+        CorruptFileError: it is that of no such model, or broken.
+    """
+    config = read_json(folder / "config.json")
+    if not isinstance(config, dict) or config.get("model_type") != model_type:
+        raise CorruptFileError(f"{folder}/config.json is not that of {what}")
+    return config
+
+
+def fill(make: Callable[[], M], weights: Mapping[str, Tensor], where: str) -> M:
+    """A model given weights nobody vouches for; in float32 and evaluation mode.
 
     Raises:
         CorruptFileError: weights and model do not fit each other.
         NonFiniteError: a weight is NaN or infinite.
     """
+    # on "meta" nothing is allocated: a config that lies about its sizes costs no memory
+    with torch.device("meta"):
+        model = make()
     expected = {name: tuple(t.shape) for name, t in model.state_dict().items()}
     got = {name: tuple(t.shape) for name, t in weights.items()}
     wrong = sorted(name for name in expected.keys() | got.keys() if expected.get(name) != got.get(name))
