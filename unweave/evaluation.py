@@ -146,17 +146,17 @@ def evaluate_parts(
     every = {"original": original, **graphs}
     if means is not None:
         every[FLOOR] = mean_ablated(original, means)
-    resampled = any(graph.resample for graph in every.values())
+    # the partners' run is shared by graphs of the same nodes; one divided by position makes its own
+    sharing = {name for name, graph in every.items() if graph.resample and graph.writers == original.writers}
     tallies = {part: {name: _Tally() for name in every} for part in (ALL, *parts)}
     total = -(-len(data) // batch_size)
     for batch in track(data.batches(batch_size), "comparing with the model", total, show=progress):
         reference = batch_trace(original, batch).output
-        other = counterfactual_trace(original, batch) if resampled else None
+        other = counterfactual_trace(original, batch) if sharing else None
         inside = position_mask(scope, batch)
         masks = {ALL: inside} | {name: inside & part(batch).to(inside.device) for name, part in parts.items()}
         for name, graph in every.items():
-            # the partners' run is shared by graphs of the same nodes; one divided by position makes its own
-            shared = other if graph.writers == original.writers else None
+            shared = other if name in sharing else None
             logits = reference if name == "original" else batch_trace(graph, batch, other=shared).output
             tokens = _compare(scope, batch, reference, logits)
             for part, mask in masks.items():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -152,21 +153,13 @@ def _print_validation(facts: ValidationFacts, top: int) -> None:
 
 def _best_at_random(rows: Sequence[ValidationRow]) -> list[ValidationRow]:
     """The rows; of random circuits, only the one nearest to the model for each kind of token."""
-    at_random: dict[tuple[str, str], list[ValidationRow]] = {}
     out: list[ValidationRow] = []
-    for row in rows:
-        if not row["graph"].startswith("random "):
-            out.append(row)
-            continue
-        same = at_random.setdefault((row["data"], row["type"]), [])
-        if not same:
-            out.append(row)
-        same.append(row)
-    for i, row in enumerate(out):
-        if row["graph"].startswith("random "):
-            same = at_random[row["data"], row["type"]]
+    kinds = groupby(rows, key=lambda r: (r["data"], r["type"], r["graph"].startswith("random ")))
+    for (_, _, at_random), same in ((kind, list(some)) for kind, some in kinds):
+        if at_random:
             nearest = min(same, key=lambda r: r["kl_nats"]["value"] or 0.0)
-            out[i] = {**nearest, "graph": f"best of {len(same)} random"}
+            same = [{**nearest, "graph": f"best of {len(same)} random"}]
+        out.extend(same)
     return out
 
 
